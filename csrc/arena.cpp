@@ -1,0 +1,615 @@
+#include "arena.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cerrno>
+#include <cstring>
+
+#include "error.hpp"
+#include "host.hpp"
+#include "peer_lock.hpp"
+#include "reaper.hpp"
+
+namespace shmx {
+namespace {
+
+constexpr std::uint64_t kDefaultCapacity = 64ULL << 30;
+constexpr std::uint64_t kCommitStep = 2U << 20;
+constexpr std::uint64_t kLargestCommitStep = 32U << 20;
+constexpr std::uint64_t kLargestCapacity = 1ULL << 46;
+// How many blocks one allocation looks at before it prefers to grow.
+constexpr std::uint32_t kRecentLooks = 3;
+constexpr std::uint32_t kCursorLooks = 6;
+constexpr std::uint32_t kReclaimLooks = 64;
+
+Ticks to_ticks(double seconds) {
+  return static_cast<Ticks>(std::clamp(seconds * kTicksPerSecond + 0.999, 0.0, 2147483647.0));
+}
+
+std::uint64_t round_up(std::uint64_t bytes, std::uint64_t step) { return (bytes + step - 1) / step * step; }
+
+ArenaOptions checked(ArenaOptions options) {
+  if (options.capacity == 0) options.capacity = std::min(shm_filesystem_bytes() / 2, kDefaultCapacity);
+  const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  if (options.capacity < page || options.capacity > kLargestCapacity) {
+    throw Error(ErrorCode::kInvalidArgument, "capacity must lie between " + human_bytes(page) + " and " +
+                                                 human_bytes(kLargestCapacity) + ", not " +
+                                                 std::to_string(options.capacity) + " bytes");
+  }
+  options.capacity = options.capacity / page * page;
+  if (options.segment_bytes < kBlockAlignment || options.segment_bytes > kLargestCapacity) {
+    throw Error(ErrorCode::kInvalidArgument, "segment_bytes must lie between 256 bytes and 64 TiB");
+  }
+  if (!(options.ticket_ttl >= 0) || !(options.reuse_delay >= 0)) {
+    throw Error(ErrorCode::kInvalidArgument, "ticket_ttl and reuse_delay are seconds, not negative");
+  }
+  options.segment_bytes = round_up(std::min(options.segment_bytes, options.capacity), page);
+  return options;
+}
+
+}  // namespace
+
+std::shared_ptr<Arena> Arena::create(ArenaOptions options) {
+  options = checked(options);
+  (void)reap_all(Expiry::kTimeToLive);
+  for (;;) {
+    const ArenaId id{random_id()};
+    auto control = ControlSegment::create(id, {options.capacity, to_ticks(options.ticket_ttl)});
+    const std::string name = control.name();
+    try {
+      // A reaper that came upon the name before it was locked has removed it: take another one.
+      std::optional<PeerLock> lock;
+      try {
+        lock = PeerLock::try_take(name, control.identity(), kOwnerSlot, Inheritance::kThisProcess);
+      } catch (const Error& error) {
+        if (error.code() != ErrorCode::kSegmentLost) throw;
+      }
+      if (!lock) continue;
+      PeerEntry& peer = control.header().peers[value(kOwnerSlot)];
+      peer.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);  // informational
+      peer.since.store(ticks_now(), std::memory_order_relaxed);
+      control.publish();
+      auto attachment = std::make_shared<Attachment>(std::move(control), std::move(*lock), kOwnerSlot);
+      register_attachment(attachment);
+      std::shared_ptr<Arena> arena(new Arena(options, attachment));
+      attachment->set_owner(arena);
+      return arena;
+    } catch (...) {
+      unlink_segment(name);
+      throw;
+    }
+  }
+}
+
+Arena::Arena(ArenaOptions options, std::shared_ptr<Attachment> attachment)
+    : options_(options),
+      reuse_delay_(to_ticks(options.reuse_delay)),
+      ttl_(to_ticks(options.ticket_ttl)),
+      attachment_(std::move(attachment)) {
+  take_part_in_forks();
+}
+
+Arena::~Arena() {
+  leave_forks();
+  close();
+}
+
+BlockEntry& Arena::entry(std::uint32_t index) const { return attachment_->control().block(BlockIndex{index}); }
+
+void Arena::require_open() const {
+  if (closed()) {
+    throw Error(ErrorCode::kReleased, "arena " + attachment_->control().name() + " is closed; make another one");
+  }
+  attachment_->require_usable();
+  if (!attachment_->is_owner()) {
+    throw Error(ErrorCode::kReleased, "arena " + attachment_->control().name() +
+                                          " belongs to the parent process; a forked child makes its own");
+  }
+}
+
+std::uint64_t Arena::checked_block_bytes(ByteCount bytes) const {
+  if (value(bytes) > options_.capacity) {
+    throw no_space_error(attachment_->control().name(), value(bytes),
+                         "the arena's capacity is " + human_bytes(options_.capacity) +
+                             "; raise it (SHMX_CAPACITY or shmx.configure(capacity=...))");
+  }
+  return block_bytes(value(bytes));
+}
+
+std::optional<Allocation> Arena::try_allocate(ByteCount bytes) {
+  const std::unique_lock guard(mutex_, std::try_to_lock);
+  if (!guard.owns_lock()) return std::nullopt;
+  require_open();
+  return allocate_without_growth(checked_block_bytes(bytes));
+}
+
+Allocation Arena::allocate(ByteCount bytes) {
+  const std::lock_guard guard(mutex_);
+  require_open();
+  const std::uint64_t size = checked_block_bytes(bytes);
+  if (auto found = allocate_without_growth(size)) return std::move(*found);
+  // Growth is the moment to find out about dead peers: their blocks are cheaper than new ones.
+  const Ticks now = ticks_now();
+  if (!last_sweep_ || ticks_since(*last_sweep_, now) >= kTicksPerSecond / 10) {
+    if (sweep_dead_peers() != 0) {
+      if (auto found = allocate_without_growth(size)) return std::move(*found);
+    }
+  }
+  if (grow(size)) return place_block(*space_.take(ByteCount{size}));
+
+  (void)sweep_dead_peers();
+  if (auto range = reclaim(size, Reuse::kUnderPressure, kMaxBlocks)) return place_block(*range);
+  if (expire(ttl_) != 0) {
+    if (auto range = reclaim(size, Reuse::kUnderPressure, kMaxBlocks)) return place_block(*range);
+  }
+  // Everything idle is free now, though not in one piece: whole segments may make room for another shape.
+  drop_empty_segments();
+  if (grow(size)) return place_block(*space_.take(ByteCount{size}));
+  throw full(size, growth_refusal_);
+}
+
+std::optional<Allocation> Arena::allocate_without_growth(std::uint64_t size) {
+  if (const auto index = reuse_from_bin(size)) return hand_out(*index);
+  if (const auto range = space_.take(ByteCount{size})) {
+    // A table that is full of committed entries needs a system call for the next step.
+    if (spare_entries_.empty() && books_.size() >= control().block_count()) {
+      space_.give(*range);
+      return std::nullopt;
+    }
+    return place_block(*range);
+  }
+  if (const auto range = reclaim(size, Reuse::kPolite, kReclaimLooks)) return place_block(*range);
+  return std::nullopt;
+}
+
+bool Arena::may_reuse(std::uint32_t index, Reuse reuse, Ticks now) const {
+  const BlockEntry& block = entry(index);
+  if (!is_idle(block.state)) return false;
+  if (reuse == Reuse::kUnderPressure) return true;
+  // relaxed: written by peers before they cleared the bit that is_idle has seen cleared.
+  const std::uint16_t flags = block.place.flags.load(std::memory_order_relaxed);
+  if ((flags & kUnannounced) != 0) return false;
+  if ((flags & kAnnouncedImplicitly) == 0) return true;
+  return ticks_since(block.place.last_use.load(std::memory_order_relaxed), now) >= reuse_delay_;
+}
+
+std::optional<std::uint32_t> Arena::reuse_from_bin(std::uint64_t size) {
+  const auto bin = bins_.find(size);
+  if (bin == bins_.end()) return std::nullopt;
+  List& list = bin->second;
+  const Ticks now = ticks_now();
+  const auto try_block = [&](std::uint32_t index) {
+    if (!may_reuse(index, Reuse::kPolite, now) || !retire(entry(index).state)) return false;
+    // To the tail: the next allocation of this size looks here first, while the bytes are in the cache.
+    unlink(list, &Book::in_bin, index);
+    link(list, &Book::in_bin, index);
+    unlink(age_, &Book::in_age, index);
+    link(age_, &Book::in_age, index);
+    ++reused_;
+    return true;
+  };
+  std::uint32_t index = list.tail;
+  for (std::uint32_t looks = 0; looks < kRecentLooks && index != kNoBlock; ++looks) {
+    if (try_block(index)) return index;
+    index = books_[index].in_bin.previous;
+  }
+  for (std::uint32_t looks = 0; looks < kCursorLooks; ++looks) {
+    index = list.cursor == kNoBlock ? list.head : list.cursor;
+    if (index == kNoBlock) break;
+    list.cursor = books_[index].in_bin.next;
+    if (try_block(index)) return index;
+  }
+  return std::nullopt;
+}
+
+std::optional<Range> Arena::reclaim(std::uint64_t size, Reuse reuse, std::uint32_t limit) {
+  const Ticks now = ticks_now();
+  std::uint32_t index = reuse == Reuse::kPolite && age_.cursor != kNoBlock ? age_.cursor : age_.head;
+  for (std::uint32_t looks = 0; looks < limit && index != kNoBlock; ++looks) {
+    const std::uint32_t next = books_[index].in_age.next;
+    age_.cursor = next;
+    if (may_reuse(index, reuse, now) && retire_block(index)) {
+      if (auto range = space_.take(ByteCount{size})) return range;
+    }
+    index = next;
+  }
+  return std::nullopt;
+}
+
+bool Arena::retire_block(std::uint32_t index) {
+  if (!retire(entry(index).state)) return false;
+  free_block(index);
+  return true;
+}
+
+void Arena::free_block(std::uint32_t index) {
+  Book& book = books_[index];
+  const auto bin = bins_.find(book.range.bytes);
+  unlink(bin->second, &Book::in_bin, index);
+  if (bin->second.head == kNoBlock) bins_.erase(bin);
+  unlink(age_, &Book::in_age, index);
+  if (!book.key.empty()) keys_.erase(book.key);
+  segments_[book.range.segment_slot].blocks.erase(book.range.offset);
+  space_.give(book.range);
+  book = Book{};
+  spare_entries_.push_back(index);
+}
+
+Allocation Arena::place_block(const Range& range) {
+  std::uint32_t index = 0;
+  if (spare_entries_.empty()) {
+    index = static_cast<std::uint32_t>(books_.size());
+    try {
+      control().grow_table(index + 1);
+      books_.emplace_back();
+    } catch (...) {
+      space_.give(range);
+      throw;
+    }
+  } else {
+    index = spare_entries_.back();
+    spare_entries_.pop_back();
+  }
+  Book& book = books_[index];
+  book.live = true;
+  book.range = range;
+  link(bins_[range.bytes], &Book::in_bin, index);
+  link(age_, &Book::in_age, index);
+  segments_[range.segment_slot].blocks.emplace(range.offset, index);
+  BlockPlace& place = entry(index).place;
+  // relaxed: nobody has a handle of this block's generation yet, and handles travel through a channel that orders.
+  place.offset.store(range.offset, std::memory_order_relaxed);
+  place.bytes.store(range.bytes, std::memory_order_relaxed);
+  place.segment_slot.store(static_cast<std::uint16_t>(range.segment_slot), std::memory_order_relaxed);
+  return hand_out(index);
+}
+
+Allocation Arena::hand_out(std::uint32_t index) {
+  Book& book = books_[index];
+  if (!book.key.empty()) {
+    keys_.erase(book.key);
+    book.key.clear();
+  }
+  BlockEntry& block = entry(index);
+  // relaxed: as in place_block.
+  block.place.flags.store(0, std::memory_order_relaxed);
+  const Generation generation{block.state.generation.load(std::memory_order_relaxed)};
+  Allocation allocation{attachment_->adopt(BlockIndex{index}, generation),
+                        segments_[book.range.segment_slot].base + book.range.offset};
+  if (options_.scrub) std::memset(allocation.data, 0, book.range.bytes);
+  // relaxed: a hint for peers that wonder whether the owner is alive.
+  control().header().owner_active.store(ticks_now(), std::memory_order_relaxed);
+  ++published_;
+  return allocation;
+}
+
+bool Arena::grow(std::uint64_t size) {
+  try {
+    // Behind the reserved part of a segment, where the most bytes are free already.
+    std::optional<std::uint32_t> best;
+    std::uint64_t best_tail = 0;
+    for (std::uint32_t slot = 0; slot < segments_.size(); ++slot) {
+      const Segment& segment = segments_[slot];
+      if (segment.id == 0) continue;
+      const std::uint64_t tail = space_.free_before(slot, segment.committed);
+      if (segment.bytes - segment.committed + tail < size || (best && tail <= best_tail)) continue;
+      best = slot;
+      best_tail = tail;
+    }
+    if (best) {
+      commit(*best, size - best_tail);
+      return true;
+    }
+    if (reserved_ + size > options_.capacity) {
+      growth_refusal_ = "the capacity of " + human_bytes(options_.capacity) + " is used up";
+      return false;
+    }
+    const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+    commit(add_segment(std::max(options_.segment_bytes, round_up(size, page))), size);
+    return true;
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kArenaFull) throw;
+    growth_refusal_ = error.what();
+    return false;
+  }
+}
+
+void Arena::commit(std::uint32_t slot, std::uint64_t bytes) {
+  Segment& segment = segments_[slot];
+  if (reserved_ + bytes > options_.capacity) {
+    throw no_space_error(name(), bytes, "the capacity of " + human_bytes(options_.capacity) + " is used up");
+  }
+  // Steps grow with the arena; what the request does not need is only taken where it is to be had.
+  const std::uint64_t ahead = std::clamp(reserved_ / 4, kCommitStep, kLargestCommitStep);
+  const std::uint64_t page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  const std::uint64_t room = std::min(segment.bytes - segment.committed, options_.capacity - reserved_);
+  std::uint64_t step = std::min(round_up(std::max(bytes, ahead), page), room);
+  const std::string file_name = data_name(control().arena(), segment.id);
+  auto fd = open_segment(file_name);
+  if (!fd) {
+    throw Error(ErrorCode::kSegmentLost,
+                "segment " + file_name + " has lost its name; somebody outside shmx removed it from /dev/shm", ENOENT);
+  }
+  try {
+    reserve_segment(fd->get(), file_name, segment.committed, ByteCount{step});
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kArenaFull || step == bytes) throw;
+    step = bytes;
+    reserve_segment(fd->get(), file_name, segment.committed, ByteCount{step});
+  }
+  prefault(segment.base + segment.committed, step, Access::kReadWrite);
+  space_.give({slot, segment.committed, step});
+  segment.committed += step;
+  reserved_ += step;
+  // release: peers that read it may touch that many bytes.
+  control().header().segments[slot].committed.store(segment.committed, std::memory_order_release);
+}
+
+std::uint32_t Arena::add_segment(std::uint64_t bytes) {
+  auto slot = static_cast<std::uint32_t>(
+      std::find_if(segments_.begin(), segments_.end(), [](const Segment& s) { return s.id == 0; }) - segments_.begin());
+  if (slot == kMaxSegments) {
+    throw no_space_error(name(), bytes, "all " + std::to_string(kMaxSegments) +
+                                            " segments are in use; raise segment_bytes (SHMX_SEGMENT_BYTES)");
+  }
+  if (slot == segments_.size()) segments_.emplace_back();
+  const std::uint32_t id = next_segment_id_++;
+  const std::string file_name = data_name(control().arena(), id);
+  const UniqueFd fd = create_segment(file_name);
+  try {
+    size_segment(fd.get(), file_name, ByteCount{bytes});
+    Mapping mapping(fd.get(), file_name, ByteCount{bytes}, Access::kReadWrite);
+    segments_[slot] = Segment{id, bytes, 0, mapping.base(), {}};
+    note_addresses(mapping.base(), bytes);
+    attachment_->add_mapping(slot, id, std::move(mapping));
+  } catch (...) {
+    unlink_segment(file_name);
+    throw;
+  }
+  SegmentEntry& shared = control().header().segments[slot];
+  shared.bytes.store(bytes, std::memory_order_relaxed);
+  shared.committed.store(0, std::memory_order_relaxed);
+  shared.status.store(SegmentStatus::kLive, std::memory_order_relaxed);
+  // release: whoever sees the id sees the rest.
+  shared.id.store(id, std::memory_order_release);
+  return slot;
+}
+
+void Arena::note_addresses(const std::byte* base, std::uint64_t bytes) {
+  const auto start = reinterpret_cast<std::uintptr_t>(base);
+  // relaxed: the thread that asks about an address of this segment got it from the allocation.
+  lowest_address_.store(std::min(lowest_address_.load(std::memory_order_relaxed), start), std::memory_order_relaxed);
+  highest_address_.store(std::max(highest_address_.load(std::memory_order_relaxed), start + bytes),
+                         std::memory_order_relaxed);
+}
+
+bool Arena::may_contain(const void* address) const {
+  const auto where = reinterpret_cast<std::uintptr_t>(address);
+  return where >= lowest_address_.load(std::memory_order_relaxed) &&
+         where < highest_address_.load(std::memory_order_relaxed);
+}
+
+bool Arena::drop_empty_segments() {
+  bool dropped = false;
+  for (std::uint32_t slot = 0; slot < segments_.size(); ++slot) {
+    Segment& segment = segments_[slot];
+    if (segment.id == 0 || !segment.blocks.empty()) continue;
+    space_.forget_segment(slot);
+    // release: peers unmap at their next call; nobody holds a block in it.
+    control().header().segments[slot].status.store(SegmentStatus::kDead, std::memory_order_release);
+    control().header().trim_count.fetch_add(1, std::memory_order_release);
+    unlink_segment(data_name(control().arena(), segment.id));
+    reserved_ -= segment.committed;
+    segment = Segment{};
+    dropped = true;
+  }
+  if (dropped) attachment_->drop_dead_mappings();
+  return dropped;
+}
+
+std::uint64_t Arena::trim() {
+  const std::lock_guard guard(mutex_);
+  require_open();
+  (void)sweep_dead_peers();
+  const std::uint64_t before = reserved_;
+  for (std::uint32_t slot = 0; slot < segments_.size(); ++slot) {
+    // Only a segment that becomes wholly free is worth the blocks that could have been loaded again.
+    const auto& blocks = segments_[slot].blocks;
+    if (!std::all_of(blocks.begin(), blocks.end(), [&](const auto& b) { return is_idle(entry(b.second).state); })) {
+      continue;
+    }
+    std::vector<std::uint32_t> indices;
+    indices.reserve(blocks.size());
+    for (const auto& [offset, index] : blocks) indices.push_back(index);
+    for (const std::uint32_t index : indices) retire_block(index);
+  }
+  drop_empty_segments();
+  return before - reserved_;
+}
+
+std::uint32_t Arena::sweep_dead_peers() {
+  last_sweep_ = ticks_now();
+  const std::lock_guard guard(probe_mutex());
+  const std::uint32_t dead = control().sweep(hold_bit(kOwnerSlot));
+  swept_ += dead;
+  return dead;
+}
+
+std::uint32_t Arena::expire(Ticks ttl) {
+  const Ticks now = ticks_now();
+  std::uint32_t dropped = 0;
+  for (std::uint32_t index = 0; index < books_.size(); ++index) {
+    if (books_[index].live) dropped += drop_expired(entry(index).state, ttl, now);
+  }
+  expired_ += dropped;
+  return dropped;
+}
+
+std::uint32_t Arena::sweep(bool expire_all) {
+  const std::lock_guard guard(mutex_);
+  require_open();
+  const std::uint32_t dead = sweep_dead_peers();
+  if (expire_all) (void)expire(0);
+  return dead;
+}
+
+Error Arena::full(std::uint64_t size, const std::string& reason) {
+  std::uint64_t own = 0;
+  std::uint64_t foreign = 0;
+  std::uint32_t waiting = 0;
+  std::uint64_t waiting_bytes = 0;
+  std::array<std::uint64_t, kMaxPeers> held{};
+  for (std::uint32_t index = 0; index < books_.size(); ++index) {
+    if (!books_[index].live) continue;
+    const std::uint64_t bytes = books_[index].range.bytes;
+    const std::uint64_t holds = entry(index).state.holds.load(std::memory_order_relaxed);  // a report
+    own += (holds & hold_bit(kOwnerSlot)) != 0 ? bytes : 0;
+    foreign += (holds & ~hold_bit(kOwnerSlot)) != 0 ? bytes : 0;
+    for (std::uint32_t peer = 1; peer < kMaxPeers; ++peer) {
+      if ((holds & hold_bit(PeerSlot{peer})) != 0) held[peer] += bytes;
+    }
+    if (holds == 0 && !is_idle(entry(index).state)) {
+      ++waiting;
+      waiting_bytes += bytes;
+    }
+  }
+  std::string who = "; held by this process " + human_bytes(own) + ", by its consumers " + human_bytes(foreign);
+  for (std::uint32_t peer = 1; peer < kMaxPeers; ++peer) {
+    if (held[peer] == 0) continue;
+    who += " (pid " + std::to_string(control().header().peers[peer].pid.load(std::memory_order_relaxed)) + ": " +
+           human_bytes(held[peer]) + ")";
+  }
+  who += ", by " + std::to_string(waiting) + " messages not loaded yet " + human_bytes(waiting_bytes);
+  return no_space_error(name(), size, reason + who +
+                                          "; release handles and views, raise the capacity (SHMX_CAPACITY), or wait "
+                                          "for room with timeout=");
+}
+
+std::optional<Arena::Keyed> Arena::find_key(const std::string& key) {
+  const std::lock_guard guard(mutex_);
+  require_open();
+  const auto known = keys_.find(key);
+  if (known == keys_.end()) return std::nullopt;
+  const std::uint32_t index = known->second;
+  BlockState& state = entry(index).state;
+  // A block without a free cell could not announce another message: a fresh copy can.
+  const bool cell_free = std::any_of(std::begin(state.cells), std::end(state.cells), [](const auto& cell) {
+    return MessageCell::unpack(cell.load(std::memory_order_relaxed)).remaining == 0;
+  });
+  auto hold = cell_free ? attachment_->try_hold(
+                              BlockIndex{index},
+                              Generation{state.generation.load(std::memory_order_seq_cst) & ~std::uint64_t{1}})
+                        : std::nullopt;
+  if (!hold) return std::nullopt;
+  unlink(age_, &Book::in_age, index);
+  link(age_, &Book::in_age, index);
+  return Keyed{std::move(*hold), books_[index].description};
+}
+
+void Arena::note_key(const std::string& key, const Hold& hold, std::string description) {
+  const std::lock_guard guard(mutex_);
+  const std::uint32_t index = value(hold.block());
+  if (const auto known = keys_.find(key); known != keys_.end()) books_[known->second].key.clear();
+  if (!books_[index].key.empty()) keys_.erase(books_[index].key);
+  keys_[key] = index;
+  books_[index].key = key;
+  books_[index].description = std::move(description);
+  entry(index).place.flags.fetch_or(kUnannounced, std::memory_order_relaxed);  // relaxed: read by this process
+}
+
+std::optional<Arena::Located> Arena::locate(const void* address) {
+  const std::lock_guard guard(mutex_);
+  const auto* byte = static_cast<const std::byte*>(address);
+  for (Segment& segment : segments_) {
+    if (segment.id == 0 || byte < segment.base || byte >= segment.base + segment.committed) continue;
+    const auto offset = static_cast<std::uint64_t>(byte - segment.base);
+    const auto after = segment.blocks.upper_bound(offset);
+    if (after == segment.blocks.begin()) return std::nullopt;
+    const auto& [start, index] = *std::prev(after);
+    const std::uint64_t bytes = books_[index].range.bytes;
+    if (offset >= start + bytes || attachment_->uses_of(BlockIndex{index}) == 0) return std::nullopt;
+    // relaxed: held by this process, so it does not change, but for a revocation.
+    const Generation generation{entry(index).state.generation.load(std::memory_order_relaxed) & ~std::uint64_t{1}};
+    auto hold = attachment_->try_hold(BlockIndex{index}, generation);
+    if (!hold) return std::nullopt;
+    return Located{std::move(*hold), offset - start, bytes};
+  }
+  return std::nullopt;
+}
+
+void Arena::revoke(const Hold& hold) {
+  const std::lock_guard guard(mutex_);
+  require_open();
+  shmx::revoke(entry(value(hold.block())).state, hold.generation());
+  Book& book = books_[value(hold.block())];
+  if (!book.key.empty()) {
+    keys_.erase(book.key);
+    book.key.clear();
+  }
+}
+
+void Arena::close() {
+  {
+    const std::lock_guard guard(mutex_);
+    if (closed_.exchange(true, std::memory_order_relaxed)) return;
+  }
+  if (!attachment_->usable() || !attachment_->is_owner()) return;
+  // Views of this process may still be alive: then the last of them takes the arena away.
+  attachment_->set_on_idle([](Attachment& idle) noexcept { leave(idle); });
+  if (attachment_->uses() == 0) leave(*attachment_);
+}
+
+void Arena::unlock_in_child() noexcept {
+  closed_.store(true, std::memory_order_relaxed);
+  mutex_.unlock();
+}
+
+ArenaStats Arena::stats() {
+  const std::lock_guard guard(mutex_);
+  ArenaStats stats{};
+  stats.name = name();
+  stats.capacity = options_.capacity;
+  stats.reserved = reserved_;
+  stats.largest_free = space_.largest();
+  std::uint64_t holders = 0;
+  for (std::uint32_t index = 0; index < books_.size(); ++index) {
+    if (!books_[index].live) continue;
+    const BlockState& state = entry(index).state;
+    const std::uint64_t holds = state.holds.load(std::memory_order_relaxed);  // relaxed here: a report
+    holders |= holds;
+    ++stats.blocks;
+    stats.held_blocks += holds != 0 ? 1 : 0;
+    stats.in_blocks += is_idle(state) ? 0 : books_[index].range.bytes;
+    for (const auto& cell : state.cells) {
+      stats.messages += MessageCell::unpack(cell.load(std::memory_order_relaxed)).remaining != 0 ? 1 : 0;
+    }
+  }
+  for (const Segment& segment : segments_) stats.segments += segment.id != 0 ? 1 : 0;
+  stats.peers = static_cast<std::uint32_t>(std::popcount(holders));
+  stats.published = published_;
+  stats.reused = reused_;
+  stats.swept = swept_;
+  stats.expired = expired_;
+  return stats;
+}
+
+void Arena::link(List& list, Links Book::* links, std::uint32_t index) {
+  Links& mine = books_[index].*links;
+  mine = {list.tail, kNoBlock};
+  if (list.tail != kNoBlock) (books_[list.tail].*links).next = index;
+  list.tail = index;
+  if (list.head == kNoBlock) list.head = index;
+}
+
+void Arena::unlink(List& list, Links Book::* links, std::uint32_t index) {
+  Links& mine = books_[index].*links;
+  (mine.previous == kNoBlock ? list.head : (books_[mine.previous].*links).next) = mine.next;
+  (mine.next == kNoBlock ? list.tail : (books_[mine.next].*links).previous) = mine.previous;
+  if (list.cursor == index) list.cursor = mine.next;
+  mine = {};
+}
+
+}  // namespace shmx

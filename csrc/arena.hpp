@@ -1,0 +1,183 @@
+// The owner's side of an arena: which block a tensor gets, growth, trim. Allocation happens here and nowhere
+// else; the books are private to this process, only the block table and the segment table are shared.
+//
+// Which idle block is used again: one whose messages were all announced explicitly may be taken at once, and
+// the most recently used are looked at first (their bytes are still in the cache); one with an implicit
+// announcement rests for reuse_delay after its last release; one with unannounced handles (a key, readers(0))
+// is kept while there is room elsewhere. Under pressure every idle block may be taken, in order of age.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "attachment.hpp"
+#include "block_state.hpp"
+#include "layout.hpp"
+#include "process.hpp"
+#include "space.hpp"
+
+namespace shmx {
+
+struct ArenaOptions {
+  std::uint64_t capacity = 0;                  // 0: the lesser of half of /dev/shm and 64 GiB
+  std::uint64_t segment_bytes = 256U << 20;    // size of a data segment; reserved only as used
+  double ticket_ttl = 300;                     // seconds
+  double reuse_delay = 0.1;                    // seconds
+  bool scrub = false;                          // clear blocks before they are used again
+};
+
+struct Allocation {
+  Hold hold;
+  std::byte* data;
+};
+
+struct ArenaStats {
+  std::string name;
+  std::uint64_t capacity;
+  std::uint64_t reserved;  // bytes of shared memory taken from the system
+  std::uint64_t in_blocks;  // bytes of blocks that hold a tensor or may be loaded yet
+  std::uint64_t largest_free;
+  std::uint32_t segments;
+  std::uint32_t blocks;
+  std::uint32_t held_blocks;
+  std::uint32_t messages;  // messages with loads to come
+  std::uint32_t peers;     // processes that hold a block
+  std::uint64_t published;
+  std::uint64_t reused;
+  std::uint64_t swept;
+  std::uint64_t expired;
+};
+
+class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena> {
+ public:
+  [[nodiscard]] static std::shared_ptr<Arena> create(ArenaOptions options);
+  ~Arena() override;
+
+  // A block for `bytes`, its content undefined (zero with scrub). try_allocate makes no system call and answers
+  // nothing if it would need one; allocate throws ArenaFull.
+  [[nodiscard]] std::optional<Allocation> try_allocate(ByteCount bytes);
+  [[nodiscard]] Allocation allocate(ByteCount bytes);
+
+  // A use of the block that was published under the key, if it still exists, and what note_key stored with it.
+  struct Keyed {
+    Hold hold;
+    std::string description;
+  };
+  [[nodiscard]] std::optional<Keyed> find_key(const std::string& key);
+  void note_key(const std::string& key, const Hold& hold, std::string description);
+
+  // The use and the offset in its block of an address inside this arena's memory, if this process holds it.
+  struct Located {
+    Hold hold;
+    std::uint64_t offset;
+    std::uint64_t block_bytes;
+  };
+  [[nodiscard]] std::optional<Located> locate(const void* address);
+  // False for most addresses outside: a look without a lock.
+  [[nodiscard]] bool may_contain(const void* address) const;
+
+  void revoke(const Hold& hold);
+  // Retires idle blocks and gives wholly free segments back to the system; answers how many bytes.
+  std::uint64_t trim();
+  // Frees what dead peers held and, with expire_all, every message not yet loaded. Answers blocks freed.
+  std::uint32_t sweep(bool expire_all);
+  // No more allocation. The arena leaves the system when nothing in it is in use any more.
+  void close();
+  [[nodiscard]] bool closed() const { return closed_.load(std::memory_order_relaxed); }
+
+  [[nodiscard]] ArenaStats stats();
+  [[nodiscard]] const std::shared_ptr<Attachment>& attachment() const { return attachment_; }
+  [[nodiscard]] const ArenaOptions& options() const { return options_; }
+  [[nodiscard]] std::string name() const { return attachment_->control().name(); }
+
+  void lock_for_fork() noexcept override { mutex_.lock(); }
+  void unlock_in_parent() noexcept override { mutex_.unlock(); }
+  void unlock_in_child() noexcept override;
+
+ private:
+  static constexpr std::uint32_t kNoBlock = UINT32_MAX;
+  // Intrusive list over books_; one per block size, and one over all blocks by age.
+  struct List {
+    std::uint32_t head = kNoBlock;
+    std::uint32_t tail = kNoBlock;
+    std::uint32_t cursor = kNoBlock;  // where the next look for an idle block starts
+  };
+  struct Links {
+    std::uint32_t previous = kNoBlock;
+    std::uint32_t next = kNoBlock;
+  };
+  struct Book {
+    bool live = false;
+    Range range{};
+    Links in_bin;
+    Links in_age;
+    std::string key;
+    std::string description;
+  };
+  struct Segment {
+    std::uint32_t id = 0;
+    std::uint64_t bytes = 0;
+    std::uint64_t committed = 0;
+    std::byte* base = nullptr;
+    std::map<std::uint64_t, std::uint32_t> blocks;  // offset -> index
+  };
+  enum class Reuse : std::uint8_t { kPolite, kUnderPressure };
+
+  Arena(ArenaOptions options, std::shared_ptr<Attachment> attachment);
+
+  void require_open() const;
+  [[nodiscard]] std::uint64_t checked_block_bytes(ByteCount bytes) const;
+  [[nodiscard]] std::optional<Allocation> allocate_without_growth(std::uint64_t size);
+  [[nodiscard]] std::optional<std::uint32_t> reuse_from_bin(std::uint64_t size);
+  [[nodiscard]] std::optional<Range> reclaim(std::uint64_t size, Reuse reuse, std::uint32_t limit);
+  [[nodiscard]] bool may_reuse(std::uint32_t index, Reuse reuse, Ticks now) const;
+  bool retire_block(std::uint32_t index);
+  void free_block(std::uint32_t index);
+  [[nodiscard]] Allocation place_block(const Range& range);
+  [[nodiscard]] Allocation hand_out(std::uint32_t index);
+  bool grow(std::uint64_t size);
+  void commit(std::uint32_t slot, std::uint64_t bytes);
+  std::uint32_t add_segment(std::uint64_t bytes);
+  void note_addresses(const std::byte* base, std::uint64_t bytes);
+  bool drop_empty_segments();
+  std::uint32_t sweep_dead_peers();
+  std::uint32_t expire(Ticks ttl);
+  [[nodiscard]] Error full(std::uint64_t size, const std::string& reason);
+  void link(List& list, Links Book::* links, std::uint32_t index);
+  void unlink(List& list, Links Book::* links, std::uint32_t index);
+  [[nodiscard]] ControlSegment& control() { return attachment_->control(); }
+  [[nodiscard]] BlockEntry& entry(std::uint32_t index) const;
+
+  const ArenaOptions options_;
+  const Ticks reuse_delay_;
+  const Ticks ttl_;
+  const std::shared_ptr<Attachment> attachment_;
+  std::atomic<bool> closed_{false};
+  std::atomic<std::uintptr_t> lowest_address_{UINTPTR_MAX};
+  std::atomic<std::uintptr_t> highest_address_{0};
+
+  std::mutex mutex_;  // held across system calls; all below is guarded by it
+  std::vector<Book> books_;
+  std::vector<std::uint32_t> spare_entries_;
+  std::unordered_map<std::uint64_t, List> bins_;
+  List age_;
+  FreeSpace space_;
+  std::vector<Segment> segments_;
+  std::uint32_t next_segment_id_ = 1;
+  std::uint64_t reserved_ = 0;
+  std::unordered_map<std::string, std::uint32_t> keys_;
+  std::optional<Ticks> last_sweep_;
+  std::string growth_refusal_;
+  std::uint64_t published_ = 0;
+  std::uint64_t reused_ = 0;
+  std::uint64_t swept_ = 0;
+  std::uint64_t expired_ = 0;
+};
+
+}  // namespace shmx

@@ -1,0 +1,749 @@
+// The Python module shmx._core: the one file that sees pybind11.
+//
+// The GIL is the outermost lock. It is released before a system call, before a lock that may be held across
+// one, and for copies over 64 KiB; the leaf locks of the core (process.hpp) are taken under it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "arena.hpp"
+#include "copy.hpp"
+#include "destination_pool.hpp"
+#include "dlpack_abi.hpp"
+#include "error.hpp"
+#include "handle.hpp"
+#include "host.hpp"
+#include "process.hpp"
+#include "reaper.hpp"
+
+namespace py = pybind11;
+
+namespace shmx {
+namespace {
+
+constexpr std::uint64_t kCopyWithoutGil = 64U << 10;
+
+// ---- errors
+
+const char* exception_name(ErrorCode code) {
+  switch (code) {
+    case ErrorCode::kArenaFull:
+      return "ArenaFullError";
+    case ErrorCode::kSegmentLost:
+      return "SegmentLostError";
+    case ErrorCode::kStaleHandle:
+      return "StaleHandleError";
+    case ErrorCode::kForeignHost:
+      return "ForeignHostError";
+    case ErrorCode::kReleased:
+      return "ReleasedError";
+    case ErrorCode::kInvalidHandle:
+      return "InvalidHandleError";
+    case ErrorCode::kTooManyPeers:
+      return "TooManyPeersError";
+    default:
+      return "SystemCallError";
+  }
+}
+
+py::object exception_object(const Error& error) {
+  if (error.code() == ErrorCode::kInvalidArgument) return py::module_::import("builtins").attr("ValueError")(error.what());
+  const py::object type = py::module_::import("shmx.errors").attr(exception_name(error.code()));
+  if (error.system_errno() != 0 && PyObject_IsSubclass(type.ptr(), PyExc_OSError) == 1) {
+    return type(error.system_errno(), error.what());
+  }
+  return type(error.what());
+}
+
+void translate_errors(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const Error& error) {
+    const py::object exception = exception_object(error);
+    PyErr_SetObject(py::type::handle_of(exception).ptr(), exception.ptr());
+  }
+}
+
+// ---- torch, reached through Python objects only
+
+py::str intern(const char* name) {
+  return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name));
+}
+
+// Filled when the module is imported, never freed: torch outlives every use.
+struct Torch {
+  // Attribute names, made once: a share asks for most of them.
+  py::str dtype = intern("dtype"), is_cpu = intern("is_cpu"), is_meta = intern("is_meta"), layout = intern("layout"),
+          is_neg = intern("is_neg"), is_conj = intern("is_conj"), shape = intern("shape");
+  const dlpack::ExchangeApi* exchange;
+  py::object tensor_type;
+  py::object no_grad;
+  py::object strided;
+  std::array<PyObject*, kDtypes.size()> dtype_objects;
+  std::unordered_map<PyObject*, Dtype> dtypes;
+};
+Torch* torch = nullptr;
+
+void load_torch() {
+  const py::module_ module = py::module_::import("torch");
+  auto loaded = std::make_unique<Torch>();
+  loaded->tensor_type = module.attr("Tensor");
+  if (!py::hasattr(loaded->tensor_type, "__dlpack_c_exchange_api__")) {
+    throw py::import_error("shmx needs torch >= 2.10 (this is " + py::str(module.attr("__version__")).cast<std::string>() +
+                           ", without torch.Tensor.__dlpack_c_exchange_api__): pip install -U torch");
+  }
+  const py::capsule capsule = loaded->tensor_type.attr("__dlpack_c_exchange_api__");
+  loaded->exchange =
+      static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (loaded->exchange == nullptr) throw py::error_already_set();
+  if (loaded->exchange->version.major != dlpack::kMajorVersion || loaded->exchange->tensor_from_object == nullptr) {
+    throw py::import_error("shmx speaks DLPack 1.x; this torch does not: install a torch between 2.10 and 2.x");
+  }
+  loaded->no_grad = module.attr("no_grad");
+  loaded->strided = module.attr("strided");
+  for (std::size_t i = 0; i < kDtypes.size(); ++i) {
+    // A dtype that this torch does not have yet is refused like any unknown one.
+    const py::object dtype = py::getattr(module, kDtypes[i].torch_name, py::none());
+    loaded->dtype_objects[i] = dtype.inc_ref().ptr();
+    if (!dtype.is_none()) loaded->dtypes.emplace(dtype.ptr(), Dtype{static_cast<std::uint8_t>(i)});
+  }
+  torch = loaded.release();
+}
+
+py::object get(const py::object& object, const py::str& name) {
+  PyObject* value = PyObject_GetAttr(object.ptr(), name.ptr());
+  if (value == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+py::object dtype_object(Dtype dtype) {
+  return py::reinterpret_borrow<py::object>(torch->dtype_objects[value(dtype)]);
+}
+
+Dtype dtype_of(const py::handle& object) {
+  const auto found = torch->dtypes.find(object.ptr());
+  if (found != torch->dtypes.end()) return found->second;
+  std::string names;
+  for (const DtypeInfo& one : kDtypes) names += std::string(names.empty() ? "" : ", ") + one.torch_name;
+  throw py::type_error("shmx cannot store dtype " + py::str(object).cast<std::string>() + "; it stores " + names +
+                       " (dequantize or view the tensor as one of them)");
+}
+
+// A torch tensor over memory that `owner` keeps: a Hold, or a piece of the destination pool.
+template <typename Owner>
+py::object make_tensor(std::byte* data, const TensorMeta& meta, Owner owner) {
+  struct Managed {
+    dlpack::ManagedTensor dl;
+    Owner owner;
+    std::vector<std::int64_t> shape;
+    std::vector<std::int64_t> strides;
+  };
+  auto managed = std::make_unique<Managed>(Managed{{}, std::move(owner), meta.shape, meta.strides});
+  if (managed->strides.empty()) {
+    managed->strides.resize(managed->shape.size());
+    std::int64_t step = 1;
+    for (std::size_t i = managed->shape.size(); i-- > 0;) {
+      managed->strides[i] = step;
+      step *= std::max<std::int64_t>(managed->shape[i], 1);
+    }
+  }
+  const DtypeInfo& dtype = info(meta.dtype);
+  managed->dl.version = {dlpack::kMajorVersion, 1};
+  managed->dl.manager_context = managed.get();
+  managed->dl.deleter = [](dlpack::ManagedTensor* tensor) { delete static_cast<Managed*>(tensor->manager_context); };
+  managed->dl.tensor = {data,
+                        {dlpack::kCpu, 0},
+                        static_cast<std::int32_t>(meta.shape.size()),
+                        {dtype.dl_code, dtype.dl_bits, dtype.dl_lanes},
+                        managed->shape.data(),
+                        managed->strides.data(),
+                        0};
+  void* object = nullptr;
+  const int failed = torch->exchange->managed_tensor_to_object(&managed.release()->dl, &object);
+  if (failed != 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+class PooledMemory {
+ public:
+  explicit PooledMemory(std::size_t bytes) : bytes_(bytes), memory_(DestinationPool::instance().take(bytes)) {}
+  PooledMemory(PooledMemory&& other) noexcept : bytes_(other.bytes_), memory_(std::exchange(other.memory_, nullptr)) {}
+  PooledMemory& operator=(PooledMemory&&) = delete;
+  PooledMemory(const PooledMemory&) = delete;
+  PooledMemory& operator=(const PooledMemory&) = delete;
+  ~PooledMemory() {
+    if (memory_ != nullptr) DestinationPool::instance().give(memory_, bytes_);
+  }
+  [[nodiscard]] std::byte* get() const { return memory_; }
+
+ private:
+  std::size_t bytes_;
+  std::byte* memory_;
+};
+
+void copy_tensor_bytes(void* destination, const void* source, std::uint64_t bytes) {
+  if (bytes <= kCopyWithoutGil) {
+    copy_bytes(destination, source, bytes);
+    return;
+  }
+  const py::gil_scoped_release released;
+  copy_bytes(destination, source, bytes);
+}
+
+// ---- readers(n)
+
+// The context of `with shmx.readers(n)`; a context variable, so that tasks of one event loop do not see each
+// other's.
+class ReadersContext {
+ public:
+  explicit ReadersContext(std::int64_t count) : count_(checked(count)) {}
+
+  static std::uint32_t checked(std::int64_t count) {
+    if (count < 0 || count > MessageCell::kMaxReaders) {
+      throw py::value_error("readers must lie between 0 and " + std::to_string(MessageCell::kMaxReaders) + ", not " +
+                            std::to_string(count));
+    }
+    return static_cast<std::uint32_t>(count);
+  }
+
+  static ReadersContext* current() {
+    PyObject* value = nullptr;
+    if (PyContextVar_Get(variable(), nullptr, &value) != 0) throw py::error_already_set();
+    if (value == nullptr) return nullptr;
+    const auto object = py::reinterpret_steal<py::object>(value);
+    return object.is_none() ? nullptr : object.cast<ReadersContext*>();
+  }
+
+  void enter(const py::object& self) {
+    if (token_) throw py::value_error("this readers() context is in use already; make another one");
+    token_ = py::reinterpret_steal<py::object>(PyContextVar_Set(variable(), self.ptr()));
+    if (!token_) throw py::error_already_set();
+  }
+
+  void exit(const py::object& exception_type) {
+    const py::object token = std::move(token_);
+    if (token && PyContextVar_Reset(variable(), token.ptr()) != 0) throw py::error_already_set();
+    if (!exception_type.is_none()) {
+      for (SentMessage& message : sent_) message.take_back();
+    }
+    sent_.clear();
+  }
+
+  [[nodiscard]] std::uint32_t count() const { return count_; }
+  void note(SentMessage message) { sent_.push_back(std::move(message)); }
+
+ private:
+  static PyObject* variable() {
+    static PyObject* instance = PyContextVar_New("shmx_readers", nullptr);
+    return instance;
+  }
+  std::uint32_t count_;
+  py::object token_;
+  std::vector<SentMessage> sent_;
+};
+
+// ---- SharedTensor
+
+class SharedTensor {
+ public:
+  explicit SharedTensor(Handle handle) : handle_(std::move(handle)) {}
+
+  // One load: of a pickle's text, or of the bytes of to_bytes().
+  static SharedTensor from_text(const std::string& text) { return from_bytes(shmx::from_text(text)); }
+  static SharedTensor from_bytes(std::string_view bytes) {
+    const HandleState state = decode_handle(bytes);
+    if (state.reason == ErrorCode::kNone && find_attachment(state.arena) != nullptr) {
+      return SharedTensor(Handle::load(state));
+    }
+    const py::gil_scoped_release released;
+    return SharedTensor(Handle::load(state));
+  }
+
+  std::string to_bytes() const {
+    Readers readers;
+    ReadersContext* context = ReadersContext::current();
+    if (bound_readers_) {
+      readers = {*bound_readers_, true};
+    } else if (context != nullptr) {
+      readers = {context->count(), true};
+    }
+    std::optional<SentMessage> sent;
+    std::string bytes = handle_.to_bytes(readers, sent);
+    if (sent && context != nullptr) context->note(std::move(*sent));
+    return bytes;
+  }
+
+  [[nodiscard]] SharedTensor with_readers(std::int64_t count) const {
+    SharedTensor bound(handle_.share());
+    bound.bound_readers_ = ReadersContext::checked(count);
+    return bound;
+  }
+
+  [[nodiscard]] SharedTensor copy() const {
+    SharedTensor same(handle_.share());
+    same.bound_readers_ = bound_readers_;
+    return same;
+  }
+
+  [[nodiscard]] py::object view() const {
+    Hold hold = handle_.require().share();
+    std::byte* data = map(hold) + meta().offset;
+    return make_tensor(data, meta(), std::move(hold));
+  }
+
+  [[nodiscard]] py::object materialize_cpu() const {
+    const Hold hold = handle_.require().share();
+    const std::byte* data = map(hold) + meta().offset;
+    TensorMeta contiguous = meta();
+    contiguous.strides.clear();
+    const std::uint64_t bytes = contiguous.elements() * info(contiguous.dtype).bytes;
+    PooledMemory memory(bytes);
+    std::byte* destination = memory.get();
+    if (meta().strides.empty()) {
+      copy_tensor_bytes(destination, data, bytes);
+      return make_tensor(destination, contiguous, std::move(memory));
+    }
+    py::object result = make_tensor(destination, contiguous, std::move(memory));
+    result.attr("copy_")(view());
+    return result;
+  }
+
+  [[nodiscard]] py::object materialize(const py::object& device, const py::object& stream, bool non_blocking) const {
+    if (device.is_none()) return materialize_cpu();
+    return py::module_::import("shmx.device").attr("materialize")(py::cast(*this), device, stream, non_blocking);
+  }
+
+  [[nodiscard]] py::object materialize_into(const py::object& destination) const {
+    if (!py::isinstance(destination, torch->tensor_type)) {
+      throw py::type_error("materialize_into takes a torch.Tensor, not " +
+                           py::str(py::type::of(destination)).cast<std::string>());
+    }
+    const py::object expected = shape();
+    if (!get(destination, torch->shape).equal(expected) || !get(destination, torch->dtype).is(dtype_object(meta().dtype))) {
+      throw py::value_error("the destination is " + describe(get(destination, torch->shape), get(destination, torch->dtype)) +
+                            ", the tensor is " + describe(expected, dtype_object(meta().dtype)) +
+                            "; they must be equal");
+    }
+    const py::object guard = torch->no_grad();
+    guard.attr("__enter__")();
+    const struct Exit {
+      const py::object& guard;
+      ~Exit() { guard.attr("__exit__")(py::none(), py::none(), py::none()); }
+    } exit{guard};
+    if (get(destination, torch->is_cpu).cast<bool>() && destination.attr("is_contiguous")().cast<bool>() &&
+        !get(destination, torch->is_conj)().cast<bool>() && !get(destination, torch->is_neg)().cast<bool>() &&
+        meta().strides.empty()) {
+      const Hold hold = handle_.require().share();
+      const std::byte* data = map(hold) + meta().offset;
+      auto* target = reinterpret_cast<void*>(destination.attr("data_ptr")().cast<std::uintptr_t>());
+      copy_tensor_bytes(target, data, meta().elements() * info(meta().dtype).bytes);
+    } else {
+      destination.attr("copy_")(view());
+    }
+    return destination;
+  }
+
+  void release() { handle_.release(); }
+  void revoke();
+
+  [[nodiscard]] py::tuple shape() const {
+    py::tuple sizes(meta().shape.size());
+    for (std::size_t i = 0; i < meta().shape.size(); ++i) sizes[i] = meta().shape[i];
+    return sizes;
+  }
+  [[nodiscard]] py::object dtype() const { return dtype_object(meta().dtype); }
+  [[nodiscard]] std::uint64_t nbytes() const { return meta().elements() * info(meta().dtype).bytes; }
+  [[nodiscard]] std::size_t length() const {
+    if (meta().shape.empty()) throw py::type_error("len() of a 0-d tensor");
+    return static_cast<std::size_t>(meta().shape[0]);
+  }
+  [[nodiscard]] bool available() const { return handle_.available(); }
+  [[nodiscard]] py::object error() const {
+    const auto failure = handle_.failure();
+    return failure ? exception_object(*failure) : py::none();
+  }
+  [[nodiscard]] std::string repr() const {
+    std::string text = "SharedTensor(" + describe(shape(), dtype()) + ", " + control_name(handle_.origin().arena) +
+                       " block " + std::to_string(value(handle_.origin().block)) + " generation " +
+                       std::to_string(value(handle_.origin().generation));
+    if (bound_readers_) text += ", readers=" + std::to_string(*bound_readers_);
+    if (!available()) text += ", " + std::string(exception_name(handle_.failure()->code()));
+    return text + ")";
+  }
+  [[nodiscard]] const Handle& handle() const { return handle_; }
+
+ private:
+  [[nodiscard]] const TensorMeta& meta() const { return handle_.meta(); }
+  static std::string describe(const py::handle& shape, const py::handle& dtype) {
+    return "shape " + py::str(py::tuple(py::reinterpret_borrow<py::object>(shape))).cast<std::string>() + " " +
+           py::str(dtype).cast<std::string>();
+  }
+  static std::byte* map(const Hold& hold) {
+    if (std::byte* known = hold.attachment().mapped(hold)) return known;
+    const py::gil_scoped_release released;
+    return hold.attachment().data(hold);
+  }
+
+  Handle handle_;
+  std::optional<std::uint32_t> bound_readers_;
+};
+
+// ---- Arena
+
+std::shared_ptr<Arena> make_arena(std::optional<std::int64_t> capacity, std::optional<std::int64_t> segment_bytes,
+                                  std::optional<double> ticket_ttl, std::optional<double> reuse_delay, bool scrub) {
+  ArenaOptions options;
+  const auto positive = [](std::int64_t number, const char* name) {
+    if (number <= 0) throw py::value_error(std::string(name) + " is a positive number of bytes, not " + std::to_string(number));
+    return static_cast<std::uint64_t>(number);
+  };
+  if (capacity) options.capacity = positive(*capacity, "capacity");
+  if (segment_bytes) options.segment_bytes = positive(*segment_bytes, "segment_bytes");
+  if (ticket_ttl) options.ticket_ttl = *ticket_ttl;
+  if (reuse_delay) options.reuse_delay = *reuse_delay;
+  options.scrub = scrub;
+  const py::gil_scoped_release released;
+  return Arena::create(options);
+}
+
+Allocation allocate(Arena& arena, std::uint64_t bytes, std::optional<double> timeout) {
+  if (auto found = arena.try_allocate(ByteCount{bytes})) return std::move(*found);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout.value_or(0));
+  for (auto pause = std::chrono::microseconds(50);; pause = std::min(2 * pause, std::chrono::microseconds(5000))) {
+    try {
+      const py::gil_scoped_release released;
+      return arena.allocate(ByteCount{bytes});
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kArenaFull || bytes > arena.options().capacity ||
+          std::chrono::steady_clock::now() >= deadline) {
+        throw;
+      }
+    }
+    {
+      const py::gil_scoped_release released;
+      std::this_thread::sleep_for(pause);
+    }
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  }
+}
+
+std::uint64_t checked_bytes(const TensorMeta& meta) {
+  std::uint64_t bytes = info(meta.dtype).bytes;
+  for (const std::int64_t size : meta.shape) {
+    if (size < 0) throw py::value_error("a tensor has no negative size: " + std::to_string(size));
+    if (__builtin_mul_overflow(bytes, static_cast<std::uint64_t>(size), &bytes)) {
+      throw Error(ErrorCode::kArenaFull, "no arena holds a tensor of more than 2^64 bytes", ENOSPC);
+    }
+  }
+  if (meta.shape.size() > kMaxDimensions) throw py::value_error("a tensor has at most 64 dimensions");
+  return bytes;
+}
+
+py::object arena_empty(Arena& arena, TensorMeta meta, std::optional<double> timeout) {
+  Allocation allocation = allocate(arena, checked_bytes(meta), timeout);
+  return make_tensor(allocation.data, meta, std::move(allocation.hold));
+}
+
+// Any layout, any device: torch copies into a tensor that lives in the arena.
+SharedTensor share_by_torch(Arena& arena, const py::object& tensor, TensorMeta meta, std::optional<double> timeout) {
+  Allocation allocation = allocate(arena, checked_bytes(meta), timeout);
+  const py::object target = make_tensor(allocation.data, meta, allocation.hold.share());
+  target.attr("copy_")(tensor.attr("detach")());
+  return SharedTensor(Handle(std::move(meta), std::move(allocation.hold)));
+}
+
+std::string describe_key(const TensorMeta& meta) {
+  HandleState state;
+  state.meta = meta;
+  return encode_handle(state);
+}
+
+std::optional<SharedTensor> share_in_place(Arena& arena, const void* data, const TensorMeta& meta) {
+  if (!arena.may_contain(data)) return std::nullopt;
+  std::optional<Arena::Located> located;
+  {
+    const py::gil_scoped_release released;
+    located = arena.locate(data);
+  }
+  if (!located) return std::nullopt;
+  TensorMeta placed = meta;
+  placed.offset = located->offset;
+  if (placed.end() > located->block_bytes) return std::nullopt;
+  return SharedTensor(Handle(std::move(placed), std::move(located->hold)));
+}
+
+SharedTensor share_tensor(Arena& arena, const py::object& tensor, std::optional<double> timeout) {
+  TensorMeta meta;
+  meta.dtype = dtype_of(get(tensor, torch->dtype));
+  const bool on_cpu = get(tensor, torch->is_cpu).cast<bool>();
+  if (!get(tensor, torch->layout).is(torch->strided) || get(tensor, torch->is_meta).cast<bool>()) {
+    throw py::type_error("shmx shares dense tensors with data, not " + py::str(get(tensor, torch->layout)).cast<std::string>() +
+                         (get(tensor, torch->is_meta).cast<bool>() ? " on the meta device" : "") +
+                         "; convert it first (to_dense(), or share its parts)");
+  }
+  dlpack::Tensor dl{};
+  if (on_cpu) {
+    if (torch->exchange->tensor_from_object(tensor.ptr(), &dl) != 0) throw py::error_already_set();
+    meta.shape.assign(dl.shape, dl.shape + dl.ndim);
+  } else {
+    meta.shape = get(tensor, torch->shape).cast<std::vector<std::int64_t>>();
+  }
+  const std::uint64_t bytes = checked_bytes(meta);
+  if (!on_cpu || get(tensor, torch->is_neg)().cast<bool>() || get(tensor, torch->is_conj)().cast<bool>()) {
+    return share_by_torch(arena, tensor, std::move(meta), timeout);
+  }
+  bool contiguous = true;
+  if (bytes != 0 && dl.strides != nullptr) {
+    std::int64_t step = 1;
+    for (std::int32_t i = dl.ndim; i-- > 0;) {
+      contiguous = contiguous && (dl.shape[i] == 1 || dl.strides[i] == step);
+      step *= dl.shape[i];
+    }
+  }
+  const auto* data = static_cast<const std::byte*>(dl.data) + dl.byte_offset;
+  if (!contiguous) meta.strides.assign(dl.strides, dl.strides + dl.ndim);
+  if (bytes != 0) {
+    if (auto shared = share_in_place(arena, data, meta)) return std::move(*shared);
+  }
+  if (!contiguous) {
+    meta.strides.clear();
+    return share_by_torch(arena, tensor, std::move(meta), timeout);
+  }
+  Allocation allocation = allocate(arena, bytes, timeout);
+  if (bytes != 0) copy_tensor_bytes(allocation.data, data, bytes);
+  return SharedTensor(Handle(std::move(meta), std::move(allocation.hold)));
+}
+
+SharedTensor arena_share(Arena& arena, const py::object& tensor, const std::optional<std::string>& key,
+                         std::optional<double> timeout) {
+  if (!py::isinstance(tensor, torch->tensor_type)) {
+    throw py::type_error("share takes a torch.Tensor, not " + py::str(py::type::of(tensor)).cast<std::string>() +
+                         "; use torch.from_numpy or torch.as_tensor first");
+  }
+  if (!key) return share_tensor(arena, tensor, timeout);
+  if (key->empty()) throw py::value_error("key is a string that is not empty");
+  std::optional<Arena::Keyed> known;
+  {
+    const py::gil_scoped_release released;
+    known = arena.find_key(*key);
+  }
+  if (known) {
+    TensorMeta meta = decode_handle(known->description).meta;
+    if (meta.shape != get(tensor, torch->shape).cast<std::vector<std::int64_t>>() ||
+        !dtype_object(meta.dtype).is(get(tensor, torch->dtype))) {
+      throw py::value_error("key '" + *key + "' is taken by a tensor of another shape or dtype; a key names content, "
+                            "so give different content a different key");
+    }
+    return SharedTensor(Handle(std::move(meta), std::move(known->hold)));
+  }
+  SharedTensor shared = share_tensor(arena, tensor, timeout);
+  {
+    const py::gil_scoped_release released;
+    arena.note_key(*key, shared.handle().require(), describe_key(shared.handle().meta()));
+  }
+  return shared;
+}
+
+void SharedTensor::revoke() {
+  if (!handle_.available()) return;
+  const Hold hold = handle_.require().share();
+  Attachment& attachment = hold.attachment();
+  const auto arena = attachment.owner();
+  if (!arena) {
+    throw Error(ErrorCode::kReleased, "only the process that owns arena " + attachment.control().name() +
+                                          " can revoke in it; release() gives up this process's own use");
+  }
+  {
+    const py::gil_scoped_release released;
+    arena->revoke(hold);
+  }
+  handle_.release();
+}
+
+py::dict arena_stats(Arena& arena) {
+  ArenaStats stats;
+  {
+    const py::gil_scoped_release released;
+    stats = arena.stats();
+  }
+  py::dict result;
+  result["name"] = stats.name;
+  result["capacity"] = stats.capacity;
+  result["reserved_bytes"] = stats.reserved;
+  result["bytes_in_use"] = stats.in_blocks;
+  result["largest_free_bytes"] = stats.largest_free;
+  result["segments"] = stats.segments;
+  result["blocks"] = stats.blocks;
+  result["held_blocks"] = stats.held_blocks;
+  result["messages"] = stats.messages;
+  result["holders"] = stats.peers;
+  result["published"] = stats.published;
+  result["reused"] = stats.reused;
+  result["dead_peers_swept"] = stats.swept;
+  result["expired_messages"] = stats.expired;
+  return result;
+}
+
+const char* outcome_name(Reaped outcome) {
+  switch (outcome) {
+    case Reaped::kRemoved:
+      return "removed";
+    case Reaped::kInUse:
+      return "in use";
+    case Reaped::kOwnerAlive:
+      return "owner alive";
+    case Reaped::kNotOurs:
+      return "not ours";
+  }
+  return "unknown";
+}
+
+py::list reap_all_arenas(bool force) {
+  std::vector<ReapReport> reports;
+  {
+    const py::gil_scoped_release released;
+    reports = reap_all(force ? Expiry::kNow : Expiry::kTimeToLive);
+  }
+  py::list result;
+  for (const ReapReport& report : reports) {
+    py::dict one;
+    one["name"] = report.name;
+    one["outcome"] = outcome_name(report.outcome);
+    one["bytes"] = report.bytes;
+    result.append(one);
+  }
+  return result;
+}
+
+// Joins the arena of a handle and maps all of it.
+void attach_to(const SharedTensor& tensor) {
+  const py::gil_scoped_release released;
+  const auto attachment = attach(tensor.handle().origin().arena);
+  attachment->map_all();
+}
+
+bool discard_text(const std::string& text) {
+  const HandleState state = decode_handle(from_text(text));
+  const py::gil_scoped_release released;
+  return discard(state);
+}
+
+bool discard_bytes(const py::bytes& bytes) {
+  const HandleState state = decode_handle(std::string_view(bytes));
+  const py::gil_scoped_release released;
+  return discard(state);
+}
+
+}  // namespace
+}  // namespace shmx
+
+PYBIND11_MODULE(_core, module) {
+  using namespace shmx;
+  using namespace pybind11::literals;
+
+  py::register_exception_translator(&translate_errors);
+  load_torch();
+
+  py::class_<ReadersContext>(module, "readers")
+      .def(py::init<std::int64_t>(), "n"_a)
+      .def("__enter__",
+           [](const py::object& self) {
+             self.cast<ReadersContext&>().enter(self);
+             return self;
+           })
+      .def("__exit__", [](ReadersContext& self, const py::object& type, const py::object&,
+                          const py::object&) { self.exit(type); });
+
+  py::class_<SharedTensor>(module, "SharedTensor")
+      .def(py::init(&SharedTensor::from_text), "text"_a)
+      .def("__reduce_ex__",
+           [](const SharedTensor& self, int) {
+             return py::make_tuple(py::type::of<SharedTensor>(), py::make_tuple(to_text(self.to_bytes())));
+           })
+      .def("__copy__", &SharedTensor::copy)
+      .def("__deepcopy__", [](const SharedTensor& self, const py::object&) { return self.copy(); })
+      .def("to_bytes", [](const SharedTensor& self) { return py::bytes(self.to_bytes()); })
+      .def_static("from_bytes",
+                  [](const py::bytes& bytes) { return SharedTensor::from_bytes(std::string_view(bytes)); }, "data"_a)
+      .def("with_readers", &SharedTensor::with_readers, "n"_a)
+      .def("view", &SharedTensor::view)
+      .def("materialize", &SharedTensor::materialize, "device"_a = py::none(), py::kw_only(), "stream"_a = py::none(),
+           "non_blocking"_a = true)
+      .def("materialize_into", &SharedTensor::materialize_into, "dst"_a)
+      .def("release", &SharedTensor::release)
+      .def("revoke", &SharedTensor::revoke)
+      .def("numpy", [](const SharedTensor& self) { return self.view().attr("numpy")(); })
+      .def("__array__",
+           [](const SharedTensor& self, const py::args& args, const py::kwargs& kwargs) {
+             return self.view().attr("__array__")(*args, **kwargs);
+           })
+      .def("__dlpack__",
+           [](const SharedTensor& self, const py::kwargs& kwargs) { return self.view().attr("__dlpack__")(**kwargs); })
+      .def("__dlpack_device__", [](const SharedTensor&) { return py::make_tuple(dlpack::kCpu, 0); })
+      .def("__enter__", [](const py::object& self) { return self; })
+      .def("__exit__", [](SharedTensor& self, const py::args&) { self.release(); })
+      .def("__len__", &SharedTensor::length)
+      .def("__repr__", &SharedTensor::repr)
+      .def_property_readonly("shape", &SharedTensor::shape)
+      .def_property_readonly("dtype", &SharedTensor::dtype)
+      .def_property_readonly("nbytes", &SharedTensor::nbytes)
+      .def_property_readonly("is_available", &SharedTensor::available)
+      .def_property_readonly("error", &SharedTensor::error);
+
+  py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
+      .def(py::init(&make_arena), py::kw_only(), "capacity"_a = py::none(), "segment_bytes"_a = py::none(),
+           "ticket_ttl"_a = py::none(), "reuse_delay"_a = py::none(), "scrub"_a = false)
+      .def("share", &arena_share, "tensor"_a, py::kw_only(), "key"_a = py::none(), "timeout"_a = py::none())
+      .def(
+          "empty",
+          [](Arena& arena, const std::vector<std::int64_t>& shape, const py::object& dtype,
+             std::optional<double> timeout) {
+            return arena_empty(arena, {dtype_of(dtype), 0, shape, {}}, timeout);
+          },
+          "shape"_a, py::kw_only(), "dtype"_a, "timeout"_a = py::none())
+      .def("trim", &Arena::trim, py::call_guard<py::gil_scoped_release>())
+      .def("sweep", &Arena::sweep, py::kw_only(), "expire_all"_a = false, py::call_guard<py::gil_scoped_release>())
+      .def("close", &Arena::close, py::call_guard<py::gil_scoped_release>())
+      .def("stats", &arena_stats)
+      .def_property_readonly("name", &Arena::name)
+      .def_property_readonly("closed", &Arena::closed)
+      .def_property_readonly("capacity", [](const Arena& arena) { return arena.options().capacity; });
+
+  module.def("attach", &attach_to, "handle"_a);
+  module.def("discard_text", &discard_text, "text"_a);
+  module.def("discard_bytes", &discard_bytes, "data"_a);
+  module.def("reap", &reap_all_arenas, py::kw_only(), "force"_a = false);
+  module.def("leave_all", &leave_all, py::call_guard<py::gil_scoped_release>());
+  module.def("set_pool_limit", [](std::uint64_t bytes) { DestinationPool::instance().set_limit(bytes); }, "bytes"_a);
+  module.def("clear_pool", [] { DestinationPool::instance().clear(); });
+  module.def("pool_bytes", [] { return DestinationPool::instance().kept_bytes(); });
+  module.def("attached", [] {
+    std::vector<std::string> names;
+    for (const auto& attachment : all_attachments()) names.push_back(attachment->control().name());
+    return names;
+  });
+  module.def("non_temporal_threshold", &non_temporal_threshold, py::call_guard<py::gil_scoped_release>());
+  module.def("non_temporal_kind", &non_temporal_kind);
+  module.def(
+      "copy",
+      [](std::uintptr_t destination, std::uintptr_t source, std::uint64_t bytes, const std::string& how) {
+        const py::gil_scoped_release released;
+        auto* to = reinterpret_cast<void*>(destination);
+        const auto* from = reinterpret_cast<const void*>(source);
+        how == "plain" ? copy_plain(to, from, bytes)
+                       : (how == "streaming" ? copy_non_temporal(to, from, bytes) : copy_bytes(to, from, bytes));
+      },
+      "destination"_a, "source"_a, "bytes"_a, "how"_a = "auto");
+  module.attr("TEXT_PREFIX") = std::string(kTextPrefix);
+  module.attr("MAX_PEERS") = kMaxPeers;
+  module.attr("MESSAGE_CELLS") = kMessageCells;
+  module.attr("LAYOUT_VERSION") = kLayoutVersion;
+}

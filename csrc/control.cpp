@@ -1,0 +1,129 @@
+#include "control.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <cerrno>
+
+#include "block_state.hpp"
+#include "error.hpp"
+#include "peer_lock.hpp"
+
+namespace shmx {
+namespace {
+
+// Table entries are reserved in steps: 256 entries are 32 KiB.
+constexpr std::uint32_t kTableStep = 256;
+
+}  // namespace
+
+ControlSegment ControlSegment::create(ArenaId arena, const ControlOptions& options) {
+  const std::string name = control_name(arena);
+  SegmentFile file(name, create_segment(name));
+  try {
+    size_segment(file.fd(), name, ByteCount{kControlBytes});
+    reserve_segment(file.fd(), name, 0, ByteCount{kHeaderBytes});
+    Mapping mapping(file.fd(), name, ByteCount{kControlBytes}, Access::kReadWrite);
+    const FileIdentity identity = file_facts(file.fd(), name).identity;
+    ControlSegment control(arena, std::move(file), identity, std::move(mapping));
+    ControlHeader& header = control.header();
+    header.layout_version = kLayoutVersion;
+    header.header_bytes = kHeaderBytes;
+    header.arena_id = value(arena);
+    header.capacity = options.capacity;
+    header.owner_pid = static_cast<std::uint32_t>(::getpid());
+    header.max_blocks = kMaxBlocks;
+    header.ttl_ticks = options.ttl_ticks;
+    return control;
+  } catch (...) {
+    unlink_segment(name);
+    throw;
+  }
+}
+
+std::optional<ControlSegment> ControlSegment::open(ArenaId arena) {
+  const std::string name = control_name(arena);
+  auto fd = open_segment(name);
+  if (!fd) return std::nullopt;
+  const FileFacts facts = file_facts(fd->get(), name);
+  if (facts.uid != ::geteuid()) {
+    throw Error(ErrorCode::kInvalidHandle, "arena " + name + " belongs to user id " + std::to_string(facts.uid) +
+                                               "; arenas are private to one user id");
+  }
+  // Read, not mapped: a page of a torn creation may not be reserved, and touching it could fault.
+  std::uint64_t magic = 0;
+  if (::pread(fd->get(), &magic, sizeof magic, 0) != sizeof magic || magic == 0 || facts.bytes < kHeaderBytes) {
+    throw Error(ErrorCode::kSegmentLost, "arena " + name + " is not ready: its creation was interrupted", ENOENT);
+  }
+  SegmentFile file(name, std::move(*fd));
+  Mapping mapping(file.fd(), name, ByteCount{std::min(facts.bytes, kControlBytes)}, Access::kReadWrite);
+  ControlSegment control(arena, std::move(file), facts.identity, std::move(mapping));
+  const ControlHeader& header = control.header();
+  // acquire: pairs with publish(); the fields below are complete once the magic is there.
+  magic = header.magic.load(std::memory_order_acquire);
+  if (magic != kMagic || header.layout_version != kLayoutVersion || facts.bytes != kControlBytes) {
+    throw Error(ErrorCode::kInvalidHandle,
+                "arena " + name + " has layout version " + std::to_string(header.layout_version) + ", this shmx reads " +
+                    std::to_string(kLayoutVersion) + "; run the same shmx version in all processes");
+  }
+  if (header.arena_id != value(arena) || header.header_bytes != kHeaderBytes || header.max_blocks != kMaxBlocks) {
+    throw Error(ErrorCode::kInvalidHandle, "arena " + name + " has a damaged header; remove it with `shmx gc`");
+  }
+  return control;
+}
+
+std::uint32_t ControlSegment::block_count() const {
+  // acquire: pairs with grow_table(); entries below the count are reserved and zeroed.
+  return std::min(header().block_count.load(std::memory_order_acquire), kMaxBlocks);
+}
+
+void ControlSegment::publish() {
+  // release: everything written before is seen by whoever sees the magic.
+  header().magic.store(kMagic, std::memory_order_release);
+}
+
+void ControlSegment::grow_table(std::uint32_t count) {
+  const std::uint32_t now = block_count();
+  if (count <= now) return;
+  if (count > kMaxBlocks) {
+    throw no_space_error(name(), 0, "all " + std::to_string(kMaxBlocks) + " blocks are in use; release handles");
+  }
+  const std::uint32_t target = std::min((count + kTableStep - 1) / kTableStep * kTableStep, kMaxBlocks);
+  reserve_segment(file_.fd(), name(), kHeaderBytes + std::uint64_t{now} * sizeof(BlockEntry),
+                  ByteCount{std::uint64_t{target - now} * sizeof(BlockEntry)});
+  // release: pairs with block_count().
+  header().block_count.store(target, std::memory_order_release);
+}
+
+std::uint64_t ControlSegment::holders() const {
+  std::uint64_t bits = 0;
+  const std::uint32_t count = block_count();
+  for (std::uint32_t i = 0; i < count; ++i) {
+    bits |= block(BlockIndex{i}).state.holds.load(std::memory_order_seq_cst);
+  }
+  return bits;
+}
+
+void ControlSegment::clear_slot(PeerSlot slot) {
+  const std::uint32_t count = block_count();
+  for (std::uint32_t i = 0; i < count; ++i) {
+    BlockState& state = block(BlockIndex{i}).state;
+    // relaxed: only this slot's bit matters, and nobody else writes it while the caller has the slot's lock.
+    if ((state.holds.load(std::memory_order_relaxed) & hold_bit(slot)) != 0) clear_hold(state, slot);
+  }
+}
+
+std::uint32_t ControlSegment::sweep(std::uint64_t spared) {
+  std::uint32_t dead = 0;
+  for (std::uint64_t suspects = holders() & ~spared; suspects != 0; suspects &= suspects - 1) {
+    const PeerSlot slot{static_cast<std::uint32_t>(std::countr_zero(suspects))};
+    if (const auto lock = ProbeLock::try_take(file_, slot)) {
+      clear_slot(slot);
+      ++dead;
+    }
+  }
+  return dead;
+}
+
+}  // namespace shmx

@@ -1,0 +1,58 @@
+// The control segment of an arena, mapped: creation, validation, and what is done to all its blocks at once.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "layout.hpp"
+#include "segment.hpp"
+
+namespace shmx {
+
+struct ControlOptions {
+  std::uint64_t capacity;
+  std::uint32_t ttl_ticks;
+};
+
+class ControlSegment {
+ public:
+  // A new arena's control segment, not yet ready: publish() makes it so. Throws ArenaFull.
+  [[nodiscard]] static ControlSegment create(ArenaId arena, const ControlOptions& options);
+  // An existing one. Nothing if there is no such name. Throws InvalidHandle for another layout version or
+  // another user's arena, SegmentLost if the creation was torn or the file was truncated.
+  [[nodiscard]] static std::optional<ControlSegment> open(ArenaId arena);
+
+  [[nodiscard]] ControlHeader& header() const { return *reinterpret_cast<ControlHeader*>(mapping_.base()); }
+  [[nodiscard]] BlockEntry& block(BlockIndex index) const {
+    return reinterpret_cast<BlockEntry*>(mapping_.base() + kHeaderBytes)[value(index)];
+  }
+  [[nodiscard]] std::uint32_t block_count() const;
+  [[nodiscard]] ArenaId arena() const { return arena_; }
+  [[nodiscard]] const std::string& name() const { return file_.name(); }
+  [[nodiscard]] SegmentFile& file() { return file_; }
+  [[nodiscard]] FileIdentity identity() const { return identity_; }
+
+  // Owner: from here on others may attach.
+  void publish();
+  // Owner: makes the entries up to `count` usable, reserving their memory first.
+  void grow_table(std::uint32_t count);
+
+  // Bits of all peers that hold anything.
+  [[nodiscard]] std::uint64_t holders() const;
+  // Clears what a former peer left in `slot`. The caller has the slot's lock.
+  void clear_slot(PeerSlot slot);
+  // Clears the holds of every dead peer but `spared` (the caller's own slots); answers how many were dead.
+  // The caller holds probe_mutex().
+  std::uint32_t sweep(std::uint64_t spared);
+
+ private:
+  ControlSegment(ArenaId arena, SegmentFile file, FileIdentity identity, Mapping mapping)
+      : arena_(arena), file_(std::move(file)), identity_(identity), mapping_(std::move(mapping)) {}
+  ArenaId arena_;
+  SegmentFile file_;
+  FileIdentity identity_;
+  Mapping mapping_;
+};
+
+}  // namespace shmx

@@ -1,0 +1,181 @@
+#include "copy.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace shmx {
+namespace {
+
+using Stream = void (*)(std::byte*, const std::byte*, std::size_t);
+
+#if defined(__x86_64__)
+
+// Each takes a destination aligned to 64 bytes and a multiple of 256 bytes. The source is read a page ahead: the
+// hardware prefetcher stops at page ends, and streaming stores leave the load ports idle.
+constexpr std::size_t kChunk = 256;
+constexpr std::size_t kAhead = 1024;
+
+__attribute__((target("avx512f"))) void stream_avx512(std::byte* to, const std::byte* from, std::size_t bytes) {
+  for (std::size_t i = 0; i < bytes; i += kChunk) {
+    for (std::size_t line = 0; line < kChunk; line += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(from + i + kAhead + line), _MM_HINT_NTA);
+    }
+    const __m512i a = _mm512_loadu_si512(from + i);
+    const __m512i b = _mm512_loadu_si512(from + i + 64);
+    const __m512i c = _mm512_loadu_si512(from + i + 128);
+    const __m512i d = _mm512_loadu_si512(from + i + 192);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), a);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i + 64), b);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i + 128), c);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i + 192), d);
+  }
+}
+
+__attribute__((target("avx2"))) void stream_avx2(std::byte* to, const std::byte* from, std::size_t bytes) {
+  for (std::size_t i = 0; i < bytes; i += kChunk) {
+    __m256i lanes[kChunk / 32];
+    for (std::size_t line = 0; line < kChunk; line += 64) {
+      _mm_prefetch(reinterpret_cast<const char*>(from + i + kAhead + line), _MM_HINT_NTA);
+    }
+    for (std::size_t k = 0; k < kChunk / 32; ++k) {
+      lanes[k] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i + k * 32));
+    }
+    for (std::size_t k = 0; k < kChunk / 32; ++k) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i + k * 32), lanes[k]);
+    }
+  }
+}
+
+void stream_sse2(std::byte* to, const std::byte* from, std::size_t bytes) {
+  for (std::size_t i = 0; i < bytes; i += 64) {
+    __m128i lanes[4];
+    for (std::size_t k = 0; k < 4; ++k) {
+      lanes[k] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + k * 16));
+    }
+    for (std::size_t k = 0; k < 4; ++k) _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + k * 16), lanes[k]);
+  }
+}
+
+struct Streaming {
+  Stream copy;
+  const char* kind;
+};
+
+Streaming pick_streaming() {
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f")) return {&stream_avx512, "avx512"};
+  if (__builtin_cpu_supports("avx2")) return {&stream_avx2, "avx2"};
+  return {&stream_sse2, "sse2"};
+}
+
+void fence() { _mm_sfence(); }
+
+#else
+
+// Elsewhere memcpy of the C library chooses its stores by size itself.
+constexpr std::size_t kChunk = 256;
+struct Streaming {
+  Stream copy;
+  const char* kind;
+};
+Streaming pick_streaming() { return {nullptr, "none"}; }
+void fence() {}
+
+#endif
+
+const Streaming& streaming() {
+  static const Streaming chosen = pick_streaming();
+  return chosen;
+}
+
+double seconds_of(Stream copy, std::byte* to, const std::byte* from, std::size_t bytes) {
+  const auto start = std::chrono::steady_clock::now();
+  copy(to, from, bytes);
+  fence();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// The smallest size from which non-temporal stores win at it and at every larger size tried. The destination
+// rotates through a buffer, as blocks of an arena do that are not used again at once.
+std::size_t measure_threshold() {
+  constexpr std::size_t kSmallest = 512U << 10;
+  constexpr std::size_t kLargest = 8U << 20;
+  constexpr std::size_t kBuffer = 2 * kLargest;
+  if (streaming().copy == nullptr) return std::numeric_limits<std::size_t>::max();
+  void* memory = ::mmap(nullptr, 2 * kBuffer, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return kLargest;
+  ::madvise(memory, 2 * kBuffer, MADV_HUGEPAGE);
+  auto* source = static_cast<std::byte*>(memory);
+  std::byte* destination = source + kBuffer;
+  std::memset(memory, 1, 2 * kBuffer);
+  const Stream plain = [](std::byte* to, const std::byte* from, std::size_t bytes) { std::memcpy(to, from, bytes); };
+  std::size_t threshold = 2 * kLargest;
+  for (std::size_t bytes = kLargest; bytes >= kSmallest; bytes /= 2) {
+    double best_plain = 1e9;
+    double best_streaming = 1e9;
+    for (std::size_t round = 0; round < 4; ++round) {
+      const std::size_t offset = round * bytes % kBuffer;
+      best_plain = std::min(best_plain, seconds_of(plain, destination + offset, source + offset, bytes));
+      best_streaming = std::min(best_streaming, seconds_of(streaming().copy, destination + offset, source + offset, bytes));
+    }
+    if (best_streaming >= best_plain) break;
+    threshold = bytes;
+  }
+  ::munmap(memory, 2 * kBuffer);
+  return threshold;
+}
+
+}  // namespace
+
+std::size_t non_temporal_threshold() {
+  static const std::size_t threshold = [] {
+    if (const char* text = std::getenv("SHMX_NT_THRESHOLD")) return static_cast<std::size_t>(std::strtoull(text, nullptr, 10));
+    return measure_threshold();
+  }();
+  return threshold;
+}
+
+const char* non_temporal_kind() { return streaming().kind; }
+
+void copy_plain(void* destination, const void* source, std::size_t bytes) { std::memcpy(destination, source, bytes); }
+
+void copy_non_temporal(void* destination, const void* source, std::size_t bytes) {
+  const Stream stream = streaming().copy;
+  if (stream == nullptr || bytes < 2 * kChunk) {
+    std::memcpy(destination, source, bytes);
+    return;
+  }
+  auto* to = static_cast<std::byte*>(destination);
+  const auto* from = static_cast<const std::byte*>(source);
+  const std::size_t head = (64 - reinterpret_cast<std::uintptr_t>(to) % 64) % 64;
+  std::memcpy(to, from, head);
+  const std::size_t body = (bytes - head) / kChunk * kChunk;
+  stream(to + head, from + head, body);
+  std::memcpy(to + head + body, from + head + body, bytes - head - body);
+  // Non-temporal stores are not ordered by the atomics that publish the block.
+  fence();
+}
+
+void copy_bytes(void* destination, const void* source, std::size_t bytes) {
+  // Below the smallest size measured there is no need to know the threshold.
+  constexpr std::size_t kAlwaysPlain = 256U << 10;
+  if (bytes < kAlwaysPlain || bytes < non_temporal_threshold()) {
+    std::memcpy(destination, source, bytes);
+  } else {
+    copy_non_temporal(destination, source, bytes);
+  }
+}
+
+}  // namespace shmx

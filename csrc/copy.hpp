@@ -1,0 +1,22 @@
+// Copies of tensor bytes: plain stores while the bytes fit the cache, non-temporal stores beyond.
+#pragma once
+
+#include <cstddef>
+
+namespace shmx {
+
+// Copies `bytes` between buffers that do not overlap. When it returns, the stores are ordered before any
+// later store of this thread (non-temporal ones are fenced), so the block may be published.
+void copy_bytes(void* destination, const void* source, std::size_t bytes);
+
+// From this size on copies use non-temporal stores. Measured once per process, on the first question, in some
+// milliseconds; SHMX_NT_THRESHOLD (bytes) sets it instead. SIZE_MAX where the processor has none.
+[[nodiscard]] std::size_t non_temporal_threshold();
+
+// The two ways, for the measurement and for benchmarks.
+void copy_plain(void* destination, const void* source, std::size_t bytes);
+void copy_non_temporal(void* destination, const void* source, std::size_t bytes);
+// "avx512", "avx2", "sse2", or "none".
+[[nodiscard]] const char* non_temporal_kind();
+
+}  // namespace shmx

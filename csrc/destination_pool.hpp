@@ -1,0 +1,52 @@
+// Private memory for materialized tensors: recycled, on huge pages where it is large, bounded, and given back
+// when idle. A fresh destination costs ten times the copy in page faults.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <vector>
+
+#include "block_state.hpp"
+#include "process.hpp"
+
+namespace shmx {
+
+class DestinationPool : public ForkParticipant {
+ public:
+  // One pool per process, never destroyed: tensors may outlive every static object.
+  [[nodiscard]] static DestinationPool& instance();
+
+  // Memory of at least `bytes`, aligned to 64, content undefined. Throws std::bad_alloc.
+  [[nodiscard]] std::byte* take(std::size_t bytes);
+  // Gives it back; `bytes` as at take().
+  void give(std::byte* memory, std::size_t bytes) noexcept;
+
+  // How many bytes stay for reuse at most. 0 keeps none.
+  void set_limit(std::uint64_t bytes);
+  // Unmaps what is kept.
+  void clear() noexcept;
+  [[nodiscard]] std::uint64_t kept_bytes();
+
+  void lock_for_fork() noexcept override { mutex_.lock(); }
+  void unlock_in_parent() noexcept override { mutex_.unlock(); }
+  void unlock_in_child() noexcept override { mutex_.unlock(); }
+
+ private:
+  DestinationPool();
+  struct Kept {
+    std::byte* memory;
+    Ticks since;
+  };
+  void drop_idle(Ticks now);
+  void drop_oldest();
+
+  std::mutex mutex_;
+  std::map<std::uint64_t, std::vector<Kept>> kept_;  // by size; the most recent last
+  std::uint64_t kept_bytes_ = 0;
+  std::uint64_t limit_;
+  Ticks last_decay_ = 0;
+};
+
+}  // namespace shmx

@@ -1,0 +1,156 @@
+#include "handle.hpp"
+
+#include <cerrno>
+
+#include "host.hpp"
+#include "process.hpp"
+#include "reaper.hpp"
+
+namespace shmx {
+namespace {
+
+Error foreign_host(const HandleState& state) {
+  return {ErrorCode::kForeignHost,
+          "arena " + control_name(state.arena) +
+              " is on another host or in another /dev/shm; give both containers one IPC namespace (docker run "
+              "--ipc=host or a shared /dev/shm volume), or send the tensor itself across hosts",
+          ENOENT};
+}
+
+// What a handle was pickled with, said again where it is used.
+Error carried(const HandleState& state) {
+  const std::string name = "arena " + control_name(state.arena);
+  switch (state.reason) {
+    case ErrorCode::kReleased:
+      return {ErrorCode::kReleased, "this handle of " + name + " was released before it was pickled; pickle it first"};
+    case ErrorCode::kStaleHandle:
+      return {ErrorCode::kStaleHandle, "this handle of " + name + " was stale or revoked when it was pickled"};
+    case ErrorCode::kForeignHost:
+      return foreign_host(state);
+    default:
+      return {state.reason, "this handle of " + name + " had lost its data before it was pickled", ENOENT};
+  }
+}
+
+}  // namespace
+
+void SentMessage::take_back() noexcept {
+  const auto attachment = attachment_.lock();
+  if (attachment && attachment->usable()) drop_message(attachment->control().block(block_).state, message_);
+}
+
+void Handle::remember() {
+  origin_.host = host_id();
+  origin_.arena = hold_.attachment().control().arena();
+  origin_.block = hold_.block();
+  origin_.generation = hold_.generation();
+}
+
+Handle Handle::load(const HandleState& state) {
+  std::optional<Error> failure;
+  Hold hold;
+  if (state.reason != ErrorCode::kNone) {
+    failure = carried(state);
+  } else if (state.host != host_id()) {
+    failure = foreign_host(state);
+  } else {
+    try {
+      hold = load_block(state.arena, state.block, state.generation, state.message);
+    } catch (const Error& error) {
+      failure = error;
+    }
+  }
+  HandleState origin = state;
+  origin.message.reset();
+  if (failure) {
+    Handle lost(state.meta, std::move(*failure));
+    lost.origin_ = std::move(origin);
+    return lost;
+  }
+  // relaxed: the place of a held block does not change.
+  const std::uint64_t bytes =
+      hold.attachment().control().block(hold.block()).place.bytes.load(std::memory_order_relaxed);
+  if (state.meta.end() > bytes) {
+    throw Error(ErrorCode::kInvalidHandle, "not a valid shmx handle: its tensor is larger than block " +
+                                               std::to_string(value(state.block)) + " of arena " +
+                                               control_name(state.arena));
+  }
+  Handle handle(state.meta, std::move(hold));
+  return handle;
+}
+
+Handle Handle::share() const {
+  if (hold_.held()) return {meta_, hold_.share()};
+  Handle copy(meta_, *failure());
+  copy.origin_ = origin_;
+  return copy;
+}
+
+const Hold& Handle::require() const {
+  if (auto failure = this->failure()) throw std::move(*failure);
+  hold_.attachment().require_usable();
+  return hold_;
+}
+
+std::optional<Error> Handle::failure() const {
+  if (hold_.held()) return std::nullopt;
+  if (failure_) return failure_;
+  return Error(ErrorCode::kReleased, "this handle of arena " + control_name(origin_.arena) +
+                                         " was released; take views and copies before release()");
+}
+
+void Handle::release() { hold_.release(); }
+
+std::string Handle::to_bytes(Readers readers, std::optional<SentMessage>& sent) const {
+  HandleState state = origin_;
+  state.meta = meta_;
+  if (!available()) {
+    const auto failure = this->failure();
+    state.reason = failure ? failure->code() : ErrorCode::kSegmentLost;
+    return encode_handle(state);
+  }
+  BlockEntry& block = hold_.attachment().control().block(hold_.block());
+  const Ticks now = ticks_now();
+  // relaxed: read by the owner after this process has released the block.
+  if (!readers.explicit_count) {
+    block.place.last_use.store(now, std::memory_order_relaxed);
+    block.place.flags.fetch_or(kAnnouncedImplicitly, std::memory_order_relaxed);
+  }
+  if (readers.count == 0) {
+    block.place.flags.fetch_or(kUnannounced, std::memory_order_relaxed);
+    return encode_handle(state);
+  }
+  const Announcement announced = announce(block.state, hold_.generation(), readers.count, now);
+  switch (announced.result) {
+    case Announced::kInCell:
+      state.message = announced.message;
+      sent.emplace(hold_.attachment().weak_from_this(), hold_.block(), announced.message);
+      break;
+    case Announced::kNoCell:
+      block.place.flags.fetch_or(kUnannounced, std::memory_order_relaxed);
+      break;
+    case Announced::kRevoked:
+      state.reason = ErrorCode::kStaleHandle;
+      break;
+  }
+  return encode_handle(state);
+}
+
+bool discard(const HandleState& state) {
+  if (!state.message || state.host != host_id() || state.reason != ErrorCode::kNone) return false;
+  std::shared_ptr<Attachment> attachment;
+  try {
+    attachment = attach(state.arena);
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kSegmentLost) return false;
+    throw;
+  }
+  if (value(state.block) >= attachment->control().block_count()) return false;
+  BlockState& block = attachment->control().block(state.block).state;
+  const bool dropped = has_generation(block, state.generation) && drop_message(block, *state.message);
+  // It may have been the last thing that kept an orphan.
+  if (attachment->uses() == 0) reap_if_orphaned(*attachment);
+  return dropped;
+}
+
+}  // namespace shmx

@@ -1,0 +1,252 @@
+#include "handle_codec.hpp"
+
+#include <array>
+#include <bit>
+
+#include "error.hpp"
+
+namespace shmx {
+namespace {
+
+constexpr std::uint8_t kFormatVersion = 1;
+constexpr std::string_view kMagicBytes{"SX\x01", 3};
+static_assert(kFormatVersion == 1);
+
+enum HandleFlag : std::uint8_t { kHasMessage = 1, kHasStrides = 2, kHasReason = 4, kAllHandleFlags = 7 };
+
+// No tensor reaches this: products of values below it are checked, sums of them cannot overflow.
+constexpr std::uint64_t kLargestBytes = 1ULL << 48;
+
+constexpr std::array<std::uint32_t, 256> kCrcTable = [] {
+  std::array<std::uint32_t, 256> table{};
+  for (std::uint32_t i = 0; i < 256; ++i) {
+    std::uint32_t remainder = i;
+    for (int bit = 0; bit < 8; ++bit) remainder = (remainder >> 1) ^ ((remainder & 1) != 0 ? 0xEDB88320U : 0U);
+    table[i] = remainder;
+  }
+  return table;
+}();
+
+// CRC-32 as in zlib: a check against damage, not against intent.
+std::uint32_t crc32(std::string_view bytes) {
+  std::uint32_t crc = ~0U;
+  for (const char c : bytes) crc = (crc >> 8) ^ kCrcTable[(crc ^ static_cast<std::uint8_t>(c)) & 0xFF];
+  return ~crc;
+}
+
+Error invalid(const char* what) {
+  return {ErrorCode::kInvalidHandle,
+          std::string("not a valid shmx handle: ") + what +
+              "; it was cut, changed on its way, or made by something other than shmx"};
+}
+
+class Writer {
+ public:
+  void byte(std::uint8_t b) { bytes_.push_back(static_cast<char>(b)); }
+  void fixed(std::uint64_t number, unsigned width) {
+    for (unsigned i = 0; i < width; ++i) byte(static_cast<std::uint8_t>(number >> (8 * i)));
+  }
+  void varint(std::uint64_t number) {
+    for (; number >= 0x80; number >>= 7) byte(static_cast<std::uint8_t>(number | 0x80));
+    byte(static_cast<std::uint8_t>(number));
+  }
+  std::string bytes_;
+};
+
+class Reader {
+ public:
+  explicit Reader(std::string_view bytes) : bytes_(bytes) {}
+  std::uint8_t byte() {
+    if (position_ >= bytes_.size()) throw invalid("it is too short");
+    return static_cast<std::uint8_t>(bytes_[position_++]);
+  }
+  std::uint64_t fixed(unsigned width) {
+    std::uint64_t number = 0;
+    for (unsigned i = 0; i < width; ++i) number |= std::uint64_t{byte()} << (8 * i);
+    return number;
+  }
+  std::uint64_t varint() {
+    std::uint64_t number = 0;
+    for (unsigned shift = 0; shift < 64; shift += 7) {
+      const std::uint8_t b = byte();
+      if (shift == 63 && b > 1) break;
+      number |= std::uint64_t{b & 0x7FU} << shift;
+      if ((b & 0x80) == 0) return number;
+    }
+    throw invalid("a number is too large");
+  }
+  std::int64_t bounded() {
+    const std::uint64_t number = varint();
+    if (number > kLargestBytes) throw invalid("a size is out of range");
+    return static_cast<std::int64_t>(number);
+  }
+  [[nodiscard]] bool done() const { return position_ == bytes_.size(); }
+
+ private:
+  std::string_view bytes_;
+  std::size_t position_ = 0;
+};
+
+void check_extents(const TensorMeta& meta) {
+  bool has_elements = true;
+  for (const std::int64_t size : meta.shape) has_elements = has_elements && size != 0;
+  // With a zero among the sizes, the others may be anything that a tensor library accepts.
+  std::uint64_t elements = 1;
+  for (const std::int64_t size : meta.shape) {
+    if (size != 0 && __builtin_mul_overflow(elements, static_cast<std::uint64_t>(size), &elements)) {
+      throw invalid("its shape is out of range");
+    }
+  }
+  if (elements > kLargestBytes) throw invalid("its shape is out of range");
+  if (has_elements && meta.end() > kLargestBytes) throw invalid("its shape is out of range");
+}
+
+}  // namespace
+
+std::uint64_t TensorMeta::elements() const {
+  std::uint64_t count = 1;
+  for (const std::int64_t size : shape) count *= static_cast<std::uint64_t>(size);
+  return count;
+}
+
+std::uint64_t TensorMeta::end() const {
+  std::uint64_t last = 0;
+  if (strides.empty()) {
+    const std::uint64_t count = elements();
+    if (count == 0) return 0;
+    last = count - 1;
+  } else {
+    for (std::size_t i = 0; i < shape.size(); ++i) {
+      if (shape[i] == 0) return 0;
+      std::uint64_t step = 0;
+      if (__builtin_mul_overflow(static_cast<std::uint64_t>(shape[i] - 1), static_cast<std::uint64_t>(strides[i]),
+                                 &step) ||
+          step > kLargestBytes || (last += step) > kLargestBytes) {
+        return UINT64_MAX;
+      }
+    }
+  }
+  return offset + (last + 1) * info(dtype).bytes;
+}
+
+std::string encode_handle(const HandleState& state) {
+  Writer out;
+  out.bytes_.reserve(96);
+  out.bytes_.append(kMagicBytes);
+  const bool strided = !state.meta.strides.empty();
+  out.byte(static_cast<std::uint8_t>((state.message ? kHasMessage : 0) | (strided ? kHasStrides : 0) |
+                                     (state.reason != ErrorCode::kNone ? kHasReason : 0)));
+  out.fixed(state.host, 4);
+  out.fixed(value(state.arena), 8);
+  out.varint(value(state.block));
+  out.varint(value(state.generation));
+  if (state.message) {
+    out.byte(state.message->cell);
+    out.varint(state.message->tag);
+  }
+  out.varint(state.meta.offset);
+  out.byte(value(state.meta.dtype));
+  out.byte(static_cast<std::uint8_t>(state.meta.shape.size()));
+  for (const std::int64_t size : state.meta.shape) out.varint(static_cast<std::uint64_t>(size));
+  for (const std::int64_t stride : state.meta.strides) out.varint(static_cast<std::uint64_t>(stride));
+  if (state.reason != ErrorCode::kNone) out.byte(static_cast<std::uint8_t>(state.reason));
+  out.fixed(crc32(out.bytes_), 4);
+  return std::move(out.bytes_);
+}
+
+HandleState decode_handle(std::string_view bytes) {
+  if (bytes.size() < kMagicBytes.size() + 4) throw invalid("it is too short");
+  if (bytes.substr(0, 2) != kMagicBytes.substr(0, 2)) throw invalid("it does not start with the handle magic");
+  if (bytes[2] != kMagicBytes[2]) throw invalid("its format version is not 1: use one shmx version everywhere");
+  const std::string_view body = bytes.substr(0, bytes.size() - 4);
+  Reader checksum(bytes.substr(bytes.size() - 4));
+  if (checksum.fixed(4) != crc32(body)) throw invalid("its checksum does not match");
+
+  Reader in(body.substr(kMagicBytes.size()));
+  HandleState state;
+  const std::uint8_t flags = in.byte();
+  if ((flags & ~kAllHandleFlags) != 0) throw invalid("it has unknown flags");
+  state.host = static_cast<std::uint32_t>(in.fixed(4));
+  state.arena = ArenaId{in.fixed(8)};
+  const std::uint64_t block = in.varint();
+  if (block >= kMaxBlocks) throw invalid("its block is out of range");
+  state.block = BlockIndex{static_cast<std::uint32_t>(block)};
+  state.generation = Generation{in.varint()};
+  if ((value(state.generation) & 1) != 0) throw invalid("its generation is odd");
+  if ((flags & kHasMessage) != 0) {
+    const std::uint8_t cell = in.byte();
+    const std::uint64_t tag = in.varint();
+    if (cell >= kMessageCells || tag > MessageCell::kTagMask) throw invalid("its message is out of range");
+    state.message = MessageId{cell, static_cast<std::uint32_t>(tag)};
+  }
+  state.meta.offset = static_cast<std::uint64_t>(in.bounded());
+  const std::uint8_t dtype = in.byte();
+  if (dtype >= kDtypes.size()) throw invalid("its dtype is unknown");
+  state.meta.dtype = Dtype{dtype};
+  const std::uint8_t dimensions = in.byte();
+  if (dimensions > kMaxDimensions) throw invalid("it has too many dimensions");
+  state.meta.shape.resize(dimensions);
+  for (std::int64_t& size : state.meta.shape) size = in.bounded();
+  if ((flags & kHasStrides) != 0) {
+    if (dimensions == 0) throw invalid("it has strides without dimensions");
+    state.meta.strides.resize(dimensions);
+    for (std::int64_t& stride : state.meta.strides) stride = in.bounded();
+  }
+  if ((flags & kHasReason) != 0) {
+    const std::uint8_t reason = in.byte();
+    if (reason == 0 || reason > static_cast<std::uint8_t>(ErrorCode::kSystem)) throw invalid("its reason is unknown");
+    state.reason = static_cast<ErrorCode>(reason);
+  }
+  if (!in.done()) throw invalid("it has bytes left over");
+  check_extents(state.meta);
+  return state;
+}
+
+namespace {
+constexpr std::string_view kAlphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+constexpr std::uint8_t kNoDigit = 0xFF;
+constexpr std::array<std::uint8_t, 256> kDigits = [] {
+  std::array<std::uint8_t, 256> digits{};
+  digits.fill(kNoDigit);
+  for (std::size_t i = 0; i < kAlphabet.size(); ++i) {
+    digits[static_cast<std::uint8_t>(kAlphabet[i])] = static_cast<std::uint8_t>(i);
+  }
+  return digits;
+}();
+}  // namespace
+
+// Base64 of RFC 4648 without padding: the length tells how many bytes the last group holds.
+std::string to_text(std::string_view bytes) {
+  std::string text;
+  text.reserve((bytes.size() * 4 + 2) / 3);
+  std::uint32_t bits = 0;
+  unsigned count = 0;
+  for (const char c : bytes) {
+    bits = (bits << 8) | static_cast<std::uint8_t>(c);
+    for (count += 8; count >= 6; count -= 6) text.push_back(kAlphabet[(bits >> (count - 6)) & 63]);
+  }
+  if (count > 0) text.push_back(kAlphabet[(bits << (6 - count)) & 63]);
+  return text;
+}
+
+std::string from_text(std::string_view text) {
+  if (text.size() % 4 == 1) throw invalid("its text has an impossible length");
+  std::string bytes;
+  bytes.reserve(text.size() * 3 / 4);
+  std::uint32_t bits = 0;
+  unsigned count = 0;
+  for (const char c : text) {
+    const std::uint8_t digit = kDigits[static_cast<std::uint8_t>(c)];
+    if (digit == kNoDigit) throw invalid("its text has a character that is not base64");
+    bits = (bits << 6) | digit;
+    count += 6;
+    if (count >= 8) {
+      count -= 8;
+      bytes.push_back(static_cast<char>(bits >> count));
+    }
+  }
+  if ((bits & ((1U << count) - 1)) != 0) throw invalid("its text has bits left over");
+  return bytes;
+}
+
+}  // namespace shmx

@@ -1,0 +1,134 @@
+#include "host.hpp"
+
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <time.h>
+
+#include <cerrno>
+#include <algorithm>
+#include <fstream>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "error.hpp"
+
+namespace shmx {
+namespace {
+
+std::uint32_t fnv1a(const std::string& text) {
+  std::uint32_t hash = 2166136261U;
+  for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 16777619U;
+  return hash;
+}
+
+std::optional<std::uint64_t> read_number(const std::string& path) {
+  std::ifstream file(path);
+  std::string word;
+  // "max" (cgroup v2) and absent files both mean: no limit here.
+  if (!(file >> word) || word.find_first_not_of("0123456789") != std::string::npos) return std::nullopt;
+  std::istringstream digits(word);
+  std::uint64_t number = 0;
+  if (!(digits >> number)) return std::nullopt;
+  return number;
+}
+
+// The limit and use files of this process's memory cgroup and of each ancestor, version 2 or 1.
+struct MemoryCgroup {
+  std::string limit_file;
+  std::string use_file;
+  std::string stat_file;
+  std::string cache_key;  // page cache that the kernel drops before it refuses
+};
+
+std::vector<MemoryCgroup> find_memory_cgroups() {
+  std::vector<MemoryCgroup> groups;
+  std::ifstream membership("/proc/self/cgroup");
+  std::string line;
+  while (std::getline(membership, line)) {
+    const auto first = line.find(':');
+    const auto second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    std::string path = line.substr(second + 1);
+    const bool unified = controllers.empty();
+    if (!unified && ("," + controllers + ",").find(",memory,") == std::string::npos) continue;
+    const std::string mount = unified ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
+    for (;;) {
+      const std::string base = mount + (path == "/" ? "" : path) + "/";
+      MemoryCgroup group =
+          unified ? MemoryCgroup{base + "memory.max", base + "memory.current", base + "memory.stat", "inactive_file"}
+                  : MemoryCgroup{base + "memory.limit_in_bytes", base + "memory.usage_in_bytes", base + "memory.stat",
+                                 "total_inactive_file"};
+      if (read_number(group.limit_file)) groups.push_back(std::move(group));
+      if (path == "/" || path.empty()) break;
+      path.resize(path.rfind('/') == 0 ? 1 : path.rfind('/'));
+    }
+  }
+  return groups;
+}
+
+std::uint64_t read_stat(const std::string& path, const std::string& key) {
+  std::ifstream file(path);
+  std::string name;
+  std::uint64_t number = 0;
+  while (file >> name >> number) {
+    if (name == key) return number;
+  }
+  return 0;
+}
+
+}  // namespace
+
+std::uint32_t host_id() {
+  static const std::uint32_t id = [] {
+    std::ifstream file("/proc/sys/kernel/random/boot_id");
+    std::string identity;
+    std::getline(file, identity);
+    struct stat shm {};
+    if (::stat("/dev/shm", &shm) != 0) throw system_error("stat", "/dev/shm", errno);
+    return fnv1a(identity + "/" + std::to_string(shm.st_dev) + "/" + std::to_string(shm.st_ino));
+  }();
+  return id;
+}
+
+Ticks ticks_now() {
+  timespec now{};
+  ::clock_gettime(CLOCK_BOOTTIME, &now);
+  const auto seconds = static_cast<std::uint64_t>(now.tv_sec);
+  const auto fraction = static_cast<std::uint64_t>(now.tv_nsec) * kTicksPerSecond / 1'000'000'000U;
+  return static_cast<Ticks>(seconds * kTicksPerSecond + fraction);
+}
+
+std::optional<std::uint64_t> memory_cgroup_room() {
+  static const std::vector<MemoryCgroup> groups = find_memory_cgroups();
+  std::optional<std::uint64_t> room;
+  for (const MemoryCgroup& group : groups) {
+    const auto limit = read_number(group.limit_file);
+    const auto use = read_number(group.use_file);
+    if (!limit || !use) continue;
+    const std::uint64_t held = *use - std::min(*use, read_stat(group.stat_file, group.cache_key));
+    const std::uint64_t left = *limit > held ? *limit - held : 0;
+    if (!room || left < *room) room = left;
+  }
+  return room;
+}
+
+std::uint64_t shm_filesystem_bytes() {
+  struct statvfs facts {};
+  if (::statvfs("/dev/shm", &facts) != 0) throw system_error("statvfs", "/dev/shm", errno);
+  return static_cast<std::uint64_t>(facts.f_blocks) * facts.f_frsize;
+}
+
+std::uint64_t random_id() {
+  std::uint64_t id = 0;
+  ssize_t got = 0;
+  do {
+    got = ::getrandom(&id, sizeof id, 0);
+  } while (got < 0 && errno == EINTR);
+  if (got != static_cast<ssize_t>(sizeof id)) throw system_error("getrandom", "an arena name", errno);
+  return id;
+}
+
+}  // namespace shmx

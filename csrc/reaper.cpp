@@ -1,0 +1,210 @@
+#include "reaper.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+
+#include "attachment.hpp"
+#include "block_state.hpp"
+#include "error.hpp"
+#include "host.hpp"
+#include "peer_lock.hpp"
+#include "process.hpp"
+
+namespace shmx {
+namespace {
+
+bool all_blocks_idle(const ControlSegment& control) {
+  const std::uint32_t count = control.block_count();
+  for (std::uint32_t i = 0; i < count; ++i) {
+    if (!is_idle(control.block(BlockIndex{i}).state)) return false;
+  }
+  return true;
+}
+
+// The reuse protocol for the whole arena: close, look again, commit. A load in between undoes the closing.
+bool close_arena(ControlSegment& control) {
+  std::atomic<Lifecycle>& lifecycle = control.header().lifecycle;
+  // A reaper before us was killed between the decision and the last name.
+  if (lifecycle.load(std::memory_order_seq_cst) == Lifecycle::kGone) return true;
+  if (!all_blocks_idle(control)) return false;
+  Lifecycle expected = Lifecycle::kOpen;
+  // Left at closing by a reaper that was killed: go on from there.
+  lifecycle.compare_exchange_strong(expected, Lifecycle::kClosing, std::memory_order_seq_cst);
+  if (all_blocks_idle(control)) {
+    expected = Lifecycle::kClosing;
+    return lifecycle.compare_exchange_strong(expected, Lifecycle::kGone, std::memory_order_seq_cst);
+  }
+  expected = Lifecycle::kClosing;
+  lifecycle.compare_exchange_strong(expected, Lifecycle::kOpen, std::memory_order_seq_cst);
+  return false;
+}
+
+bool has_live_peer(ControlSegment& control, std::uint64_t spared) {
+  for (std::uint32_t i = value(kOwnerSlot) + 1; i < kMaxPeers; ++i) {
+    if ((spared & hold_bit(PeerSlot{i})) == 0 && is_alive(control.file(), PeerSlot{i})) return true;
+  }
+  return false;
+}
+
+void drop_messages(ControlSegment& control, Ticks ttl) {
+  const std::uint32_t count = control.block_count();
+  const Ticks now = ticks_now();
+  for (std::uint32_t i = 0; i < count; ++i) drop_expired(control.block(BlockIndex{i}).state, ttl, now);
+}
+
+// Data segments first and the control segment last, so that a reaper killed in between leaves a name to go on from.
+void unlink_arena(ArenaId arena, const std::string& control) {
+  for (const NamedSegments& segments : list_arenas()) {
+    if (segments.arena != arena) continue;
+    for (const std::string& name : segments.data) unlink_segment(name);
+  }
+  unlink_segment(control);
+}
+
+std::uint64_t reserved_bytes(const ControlSegment& control) {
+  std::uint64_t bytes = 0;
+  for (const SegmentEntry& entry : control.header().segments) {
+    // relaxed: a report.
+    if (entry.status.load(std::memory_order_relaxed) == SegmentStatus::kLive) {
+      bytes += entry.committed.load(std::memory_order_relaxed);
+    }
+  }
+  return bytes;
+}
+
+// A control segment without a header: its creator was killed, or is at it right now and then has the owner lock
+// or will find the name gone once it has it.
+Reaped reap_torn(ArenaId arena) {
+  const std::string name = control_name(arena);
+  auto fd = open_segment(name);
+  if (!fd) return Reaped::kRemoved;
+  const FileFacts facts = file_facts(fd->get(), name);
+  if (facts.uid != ::geteuid()) return Reaped::kNotOurs;
+  SegmentFile file(name, std::move(*fd));
+  const std::lock_guard guard(probe_mutex());
+  const auto owner = ProbeLock::try_take(file, kOwnerSlot);
+  if (!owner) return Reaped::kOwnerAlive;
+  if (facts.bytes >= sizeof(std::uint64_t)) {
+    std::uint64_t magic = 0;
+    if (::pread(file.fd(), &magic, sizeof magic, 0) != sizeof magic || magic != 0) return Reaped::kOwnerAlive;
+  }
+  unlink_arena(arena, name);
+  return Reaped::kRemoved;
+}
+
+Reaped reap_by_name(ArenaId arena, Expiry expiry, std::uint64_t& bytes) {
+  try {
+    auto control = ControlSegment::open(arena);
+    if (!control) return Reaped::kRemoved;
+    bytes = reserved_bytes(*control);
+    return reap(*control, 0, expiry);
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kSegmentLost) return reap_torn(arena);
+    if (error.code() == ErrorCode::kInvalidHandle || error.code() == ErrorCode::kSystem) return Reaped::kNotOurs;
+    throw;
+  }
+}
+
+}  // namespace
+
+Reaped reap(ControlSegment& control, std::uint64_t spared, Expiry expiry) {
+  for (;;) {
+    {
+      const std::lock_guard guard(probe_mutex());
+      const auto owner = ProbeLock::try_take(control.file(), kOwnerSlot);
+      if (!owner) return Reaped::kOwnerAlive;
+      control.clear_slot(kOwnerSlot);
+      control.sweep(spared | hold_bit(kOwnerSlot));
+      if (!has_live_peer(control, spared)) {
+        drop_messages(control, expiry == Expiry::kNow ? 0 : control.header().ttl_ticks);
+      } else if (expiry == Expiry::kNow) {
+        drop_messages(control, 0);
+      }
+      if (close_arena(control)) {
+        unlink_arena(control.arena(), control.name());
+        return Reaped::kRemoved;
+      }
+    }
+    // A peer that released while the lock was taken could not take it, and counts on this second look.
+    if (!all_blocks_idle(control)) return Reaped::kInUse;
+  }
+}
+
+void reap_if_orphaned(Attachment& attachment) noexcept {
+  try {
+    ControlHeader& header = attachment.control().header();
+    // seq_cst: after the clearing of the hold; the leaving owner sets it before it looks at the holds.
+    if (header.owner_left.load(std::memory_order_seq_cst) == 0) {
+      // An owner that was killed sets nothing. One that has been quiet for a second is worth a system call.
+      const Ticks now = ticks_now();
+      if (ticks_since(header.owner_active.load(std::memory_order_relaxed), now) < kTicksPerSecond) return;
+      if (!attachment.may_probe_owner(now)) return;
+    }
+    if (reap(attachment.control(), hold_bit(attachment.slot()), Expiry::kTimeToLive) == Reaped::kRemoved) {
+      attachment.retire();
+      forget_attachment(attachment);
+    }
+  } catch (const std::exception&) {
+    // The arena stays for the next reaper; a release has no way to fail.
+    return;
+  }
+}
+
+void detach_from_orphans() noexcept {
+  try {
+    for (const auto& attachment : all_attachments()) {
+      if (attachment->is_owner() || attachment->uses() != 0) continue;
+      {
+        const std::lock_guard guard(probe_mutex());
+        if (is_alive(attachment->control().file(), kOwnerSlot)) continue;
+      }
+      (void)reap(attachment->control(), hold_bit(attachment->slot()), Expiry::kTimeToLive);
+      // Checked again under the block locks: another thread may have loaded meanwhile.
+      if (attachment->retire_if_unused()) forget_attachment(*attachment);
+    }
+  } catch (const std::exception&) {
+    return;  // as in reap_if_orphaned
+  }
+}
+
+void leave(Attachment& attachment) noexcept {
+  try {
+    if (!attachment.usable()) return;
+    const bool owner = attachment.is_owner();
+    ControlHeader& header = attachment.control().header();
+    // seq_cst: before the look at the holds in reap(), see reap_if_orphaned.
+    if (owner) header.owner_left.store(1, std::memory_order_seq_cst);
+    attachment.retire();
+    forget_attachment(attachment);
+    (void)reap(attachment.control(), 0, Expiry::kTimeToLive);
+  } catch (const std::exception&) {
+    return;  // as in reap_if_orphaned
+  }
+}
+
+void leave_all() noexcept {
+  for (const auto& attachment : all_attachments()) leave(*attachment);
+}
+
+std::vector<ReapReport> reap_all(Expiry expiry) {
+  detach_from_orphans();
+  std::vector<ReapReport> reports;
+  for (const NamedSegments& segments : list_arenas()) {
+    // An arena this process takes part in is in use as long as it does.
+    if (find_attachment(segments.arena)) continue;
+    ReapReport report{control_name(segments.arena), Reaped::kNotOurs, 0};
+    if (segments.has_control) {
+      report.outcome = reap_by_name(segments.arena, expiry, report.bytes);
+    } else if (expiry == Expiry::kNow) {
+      // Without a control segment nobody can attach; whoever has the data mapped keeps it.
+      for (const std::string& name : segments.data) unlink_segment(name);
+      report.outcome = Reaped::kRemoved;
+    }
+    reports.push_back(std::move(report));
+  }
+  return reports;
+}
+
+}  // namespace shmx

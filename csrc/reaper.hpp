@@ -1,0 +1,46 @@
+// Removing arenas that nobody needs: the owner's own exit and the clean-up after dead owners are one procedure.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "control.hpp"
+#include "layout.hpp"
+
+namespace shmx {
+
+class Attachment;
+
+enum class Reaped : std::uint8_t {
+  kRemoved,     // nothing was outstanding; all names are gone
+  kInUse,       // holds or messages are left: the arena stays an orphan
+  kOwnerAlive,  // or another process is reaping it right now
+  kNotOurs,     // another user's, another layout version, or not readable
+};
+
+enum class Expiry : std::uint8_t { kTimeToLive, kNow };
+
+// Takes the owner lock, sweeps, and removes the arena if nothing is outstanding. `spared` are this process's own
+// slots. Without live peers, messages are given up after their time-to-live, or at once.
+[[nodiscard]] Reaped reap(ControlSegment& control, std::uint64_t spared, Expiry expiry);
+
+// For Attachment::set_on_idle: this process has just let go of its last block of the arena.
+void reap_if_orphaned(Attachment& attachment) noexcept;
+
+// Leaves arenas in which this process holds nothing and whose owner is gone, and reaps them.
+void detach_from_orphans() noexcept;
+
+// This process ends, or closes its arena: gives up every hold and removes what nobody else needs.
+void leave(Attachment& attachment) noexcept;
+// leave() for every attachment of the process.
+void leave_all() noexcept;
+
+struct ReapReport {
+  std::string name;
+  Reaped outcome;
+  std::uint64_t bytes;  // reserved memory of the arena
+};
+// Reaps every arena in /dev/shm whose owner is gone.
+[[nodiscard]] std::vector<ReapReport> reap_all(Expiry expiry);
+
+}  // namespace shmx

@@ -1,0 +1,228 @@
+#include "segment.hpp"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <map>
+#include <memory>
+
+#include "error.hpp"
+#include "host.hpp"
+
+namespace shmx {
+namespace {
+
+constexpr std::uint64_t kHugePage = 2U << 20;
+constexpr const char* kDirectory = "/dev/shm";
+constexpr std::string_view kPrefix = "shmx-";
+constexpr std::size_t kHexDigits = 16;
+
+#ifndef MADV_POPULATE_READ
+constexpr int MADV_POPULATE_READ = 22;
+#endif
+#ifndef MADV_POPULATE_WRITE
+constexpr int MADV_POPULATE_WRITE = 23;
+#endif
+
+}  // namespace
+
+UniqueFd& UniqueFd::operator=(UniqueFd&& other) noexcept {
+  if (this != &other) {
+    reset();
+    fd_ = std::exchange(other.fd_, -1);
+  }
+  return *this;
+}
+
+void UniqueFd::reset() {
+  if (fd_ >= 0) ::close(fd_);
+  fd_ = -1;
+}
+
+FileFacts file_facts(int fd, const std::string& name) {
+  struct stat facts {};
+  if (::fstat(fd, &facts) != 0) throw system_error("fstat", name, errno);
+  return {{facts.st_dev, facts.st_ino},
+          static_cast<std::uint64_t>(facts.st_size),
+          static_cast<std::uint64_t>(facts.st_nlink),
+          facts.st_uid};
+}
+
+UniqueFd create_segment(const std::string& name) {
+  // shm_open sets FD_CLOEXEC by itself.
+  const int fd = ::shm_open(name.c_str(), O_RDWR | O_CREAT | O_EXCL, 0600);
+  if (fd < 0) {
+    if (errno == ENOSPC) throw no_space_error(name, 0, "/dev/shm has no inode or page left; enlarge it (--shm-size)");
+    throw system_error("shm_open", name, errno);
+  }
+  return UniqueFd(fd);
+}
+
+std::optional<UniqueFd> open_segment(const std::string& name) {
+  const int fd = ::shm_open(name.c_str(), O_RDWR, 0);
+  if (fd >= 0) return UniqueFd(fd);
+  if (errno == ENOENT) return std::nullopt;
+  throw system_error("shm_open", name, errno);
+}
+
+bool unlink_segment(const std::string& name) {
+  if (::shm_unlink(name.c_str()) == 0) return true;
+  if (errno == ENOENT) return false;
+  throw system_error("shm_unlink", name, errno);
+}
+
+void size_segment(int fd, const std::string& name, ByteCount bytes) {
+  if (::ftruncate(fd, static_cast<off_t>(value(bytes))) != 0) throw system_error("ftruncate", name, errno);
+}
+
+void reserve_segment(int fd, const std::string& name, std::uint64_t offset, ByteCount bytes) {
+  if (const auto room = memory_cgroup_room(); room && *room < value(bytes)) {
+    throw no_space_error(name, value(bytes),
+                         "the memory cgroup has only " + human_bytes(*room) +
+                             " left; raise the container's memory limit or lower SHMX_CAPACITY");
+  }
+  int result = 0;
+  do {
+    result = ::fallocate(fd, 0, static_cast<off_t>(offset), static_cast<off_t>(value(bytes)));
+  } while (result != 0 && errno == EINTR);
+  if (result == 0) return;
+  if (errno == ENOSPC || errno == ENOMEM) {
+    throw no_space_error(name, value(bytes),
+                         "/dev/shm is full; enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g "
+                         "/dev/shm), release handles, or run `shmx gc` to remove arenas of dead processes");
+  }
+  throw system_error("fallocate", name, errno);
+}
+
+SegmentFile::SegmentFile(std::string name, UniqueFd fd) : name_(std::move(name)), fd_(std::move(fd)) {
+  identity_ = file_facts(fd_.get(), name_).identity;
+}
+
+SegmentFile::~SegmentFile() {
+  // The number may belong to somebody else by now; closing it then would be a bug of ours in their code.
+  if (fd_.valid() && !still_ours()) fd_.forget();
+}
+
+bool SegmentFile::still_ours() const {
+  struct stat facts {};
+  return ::fstat(fd_.get(), &facts) == 0 && FileIdentity{facts.st_dev, facts.st_ino} == identity_;
+}
+
+int SegmentFile::fd() {
+  if (fd_.valid() && still_ours()) return fd_.get();
+  fd_.forget();
+  auto again = open_segment(name_);
+  if (!again || file_facts(again->get(), name_).identity != identity_) {
+    throw Error(ErrorCode::kSegmentLost,
+                "segment " + name_ + " has lost its name; somebody outside shmx removed it from /dev/shm", ENOENT);
+  }
+  fd_ = std::move(*again);
+  return fd_.get();
+}
+
+void SegmentFile::reopen_on_next_use() {
+  if (fd_.valid() && !still_ours()) fd_.forget();
+  fd_.reset();
+}
+
+Mapping::Mapping(int fd, const std::string& name, ByteCount bytes, Access access) {
+  const std::uint64_t size = value(bytes);
+  // Reserve a range with room to align, then map over its aligned part and give the rest back.
+  const std::uint64_t slack = size >= kHugePage ? kHugePage : 0;
+  void* reserved = ::mmap(nullptr, size + slack, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (reserved == MAP_FAILED) throw system_error("mmap", name, errno);
+  const auto start = reinterpret_cast<std::uintptr_t>(reserved);
+  const std::uintptr_t aligned = slack == 0 ? start : (start + slack - 1) / kHugePage * kHugePage;
+  const int protection = access == Access::kReadWrite ? PROT_READ | PROT_WRITE : PROT_READ;
+  void* mapped = ::mmap(reinterpret_cast<void*>(aligned), size, protection, MAP_SHARED | MAP_FIXED, fd, 0);
+  if (mapped == MAP_FAILED) {
+    const int failure = errno;
+    ::munmap(reserved, size + slack);
+    throw system_error("mmap", name, failure);
+  }
+  if (aligned > start) ::munmap(reserved, aligned - start);
+  if (const std::uintptr_t tail = start + slack - aligned; slack != 0 && tail > 0) {
+    // The mapping's last page may be partial; the reservation beyond starts on the next page.
+    const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+    const std::uintptr_t end = (aligned + size + page - 1) / page * page;
+    const std::uintptr_t limit = (start + size + slack + page - 1) / page * page;
+    if (limit > end) ::munmap(reinterpret_cast<void*>(end), limit - end);
+  }
+  base_ = static_cast<std::byte*>(mapped);
+  bytes_ = size;
+}
+
+Mapping& Mapping::operator=(Mapping&& other) noexcept {
+  if (this != &other) {
+    reset();
+    base_ = std::exchange(other.base_, nullptr);
+    bytes_ = std::exchange(other.bytes_, 0);
+  }
+  return *this;
+}
+
+void Mapping::reset() {
+  if (base_ != nullptr) ::munmap(base_, bytes_);
+  base_ = nullptr;
+  bytes_ = 0;
+}
+
+void prefault(std::byte* base, std::uint64_t bytes, Access access) {
+  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(base) / page * page;
+  const std::uintptr_t end = reinterpret_cast<std::uintptr_t>(base) + bytes;
+  ::madvise(reinterpret_cast<void*>(start), end - start,
+            access == Access::kReadWrite ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
+}
+
+std::string control_name(ArenaId arena) {
+  char name[1 + kPrefix.size() + kHexDigits + 1];
+  std::snprintf(name, sizeof name, "/%s%016llx", kPrefix.data(), static_cast<unsigned long long>(value(arena)));
+  return name;
+}
+
+std::string data_name(ArenaId arena, std::uint32_t segment_id) {
+  return control_name(arena) + "." + std::to_string(segment_id);
+}
+
+std::optional<ArenaId> arena_of_name(const std::string& file_name) {
+  if (!file_name.starts_with(kPrefix) || file_name.size() < kPrefix.size() + kHexDigits) return std::nullopt;
+  const char* digits = file_name.data() + kPrefix.size();
+  std::uint64_t id = 0;
+  const auto [end, failure] = std::from_chars(digits, digits + kHexDigits, id, 16);
+  if (failure != std::errc{} || end != digits + kHexDigits) return std::nullopt;
+  const std::string_view rest(end, file_name.data() + file_name.size());
+  if (!rest.empty() && (rest[0] != '.' || rest.find_first_not_of("0123456789", 1) != std::string_view::npos)) {
+    return std::nullopt;
+  }
+  return ArenaId{id};
+}
+
+std::vector<NamedSegments> list_arenas() {
+  std::map<std::uint64_t, NamedSegments> found;
+  const std::unique_ptr<DIR, int (*)(DIR*)> directory(::opendir(kDirectory), &::closedir);
+  if (!directory) throw system_error("opendir", kDirectory, errno);
+  while (const dirent* entry = ::readdir(directory.get())) {
+    const std::string file_name = entry->d_name;
+    const auto arena = arena_of_name(file_name);
+    if (!arena) continue;
+    NamedSegments& segments = found.try_emplace(value(*arena), NamedSegments{*arena, false, {}}).first->second;
+    if (file_name.find('.') == std::string::npos) {
+      segments.has_control = true;
+    } else {
+      segments.data.push_back("/" + file_name);
+    }
+  }
+  std::vector<NamedSegments> all;
+  all.reserve(found.size());
+  for (auto& [id, segments] : found) all.push_back(std::move(segments));
+  return all;
+}
+
+}  // namespace shmx

@@ -1,0 +1,131 @@
+// POSIX shared-memory segments: names, descriptors, mappings. No meaning of the bytes is known here.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "layout.hpp"
+
+namespace shmx {
+
+class UniqueFd {
+ public:
+  UniqueFd() = default;
+  explicit UniqueFd(int fd) : fd_(fd) {}
+  UniqueFd(UniqueFd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  UniqueFd& operator=(UniqueFd&& other) noexcept;
+  UniqueFd(const UniqueFd&) = delete;
+  UniqueFd& operator=(const UniqueFd&) = delete;
+  ~UniqueFd() { reset(); }
+
+  [[nodiscard]] int get() const { return fd_; }
+  [[nodiscard]] bool valid() const { return fd_ >= 0; }
+  void reset();
+  // Gives the number up without closing it.
+  int forget() { return std::exchange(fd_, -1); }
+
+ private:
+  int fd_ = -1;
+};
+
+// Which file a descriptor or a name leads to.
+struct FileIdentity {
+  dev_t device = 0;
+  ino_t inode = 0;
+  friend bool operator==(const FileIdentity&, const FileIdentity&) = default;
+};
+
+struct FileFacts {
+  FileIdentity identity;
+  std::uint64_t bytes;
+  std::uint64_t links;
+  uid_t uid;
+};
+[[nodiscard]] FileFacts file_facts(int fd, const std::string& name);
+
+// Creates a segment that did not exist (mode 0600); EEXIST is an Error like any other.
+[[nodiscard]] UniqueFd create_segment(const std::string& name);
+// Opens an existing one read-write; nothing if there is no such name.
+[[nodiscard]] std::optional<UniqueFd> open_segment(const std::string& name);
+// True if the name was there.
+bool unlink_segment(const std::string& name);
+// Sets the size without reserving anything.
+void size_segment(int fd, const std::string& name, ByteCount bytes);
+// Reserves [offset, offset + bytes): afterwards no access to it can fault for want of memory.
+// Throws ArenaFull (ENOSPC) when /dev/shm or the memory cgroup has no room.
+void reserve_segment(int fd, const std::string& name, std::uint64_t offset, ByteCount bytes);
+
+// A descriptor that survives daemonizers which close everything: every use checks that the number still
+// leads to the same file, and opens the name again if not.
+class SegmentFile {
+ public:
+  SegmentFile() = default;
+  SegmentFile(std::string name, UniqueFd fd);
+  SegmentFile(SegmentFile&& other) noexcept = default;
+  SegmentFile& operator=(SegmentFile&& other) noexcept = default;
+  SegmentFile(const SegmentFile&) = delete;
+  SegmentFile& operator=(const SegmentFile&) = delete;
+  ~SegmentFile();
+
+  // Throws SegmentLost if the file is gone.
+  [[nodiscard]] int fd();
+  [[nodiscard]] const std::string& name() const { return name_; }
+  // Closes the descriptor and opens the name again at the next use (a forked child must not share it).
+  void reopen_on_next_use();
+
+ private:
+  [[nodiscard]] bool still_ours() const;
+  std::string name_;
+  UniqueFd fd_;
+  FileIdentity identity_;
+};
+
+enum class Access : std::uint8_t { kReadWrite, kReadOnly };
+
+// A shared mapping of the first `bytes` of a segment, aligned to 2 MiB so that huge pages fit.
+class Mapping {
+ public:
+  Mapping() = default;
+  Mapping(int fd, const std::string& name, ByteCount bytes, Access access);
+  Mapping(Mapping&& other) noexcept
+      : base_(std::exchange(other.base_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  Mapping& operator=(Mapping&& other) noexcept;
+  Mapping(const Mapping&) = delete;
+  Mapping& operator=(const Mapping&) = delete;
+  ~Mapping() { reset(); }
+
+  [[nodiscard]] std::byte* base() const { return base_; }
+  [[nodiscard]] std::uint64_t bytes() const { return bytes_; }
+  [[nodiscard]] bool valid() const { return base_ != nullptr; }
+  void reset();
+
+ private:
+  std::byte* base_ = nullptr;
+  std::uint64_t bytes_ = 0;
+};
+
+// Enters the pages of a reserved range into this process's page table, so that first use does not fault.
+// Best effort: kernels before 5.14 do without.
+void prefault(std::byte* base, std::uint64_t bytes, Access access);
+
+// Arena names: "/shmx-" and 16 hex digits; data segments append "." and their id.
+[[nodiscard]] std::string control_name(ArenaId arena);
+[[nodiscard]] std::string data_name(ArenaId arena, std::uint32_t segment_id);
+// The arena that a file name in /dev/shm belongs to, if it is one of ours.
+[[nodiscard]] std::optional<ArenaId> arena_of_name(const std::string& file_name);
+
+struct NamedSegments {
+  ArenaId arena;
+  bool has_control = false;
+  std::vector<std::string> data;  // names as for open_segment
+};
+// Every arena that has a name in /dev/shm.
+[[nodiscard]] std::vector<NamedSegments> list_arenas();
+
+}  // namespace shmx

@@ -1,0 +1,62 @@
+"""shmx moves torch tensors between the processes of a host through POSIX shared memory.
+
+Publish a tensor once, pickle a handle of about 100 bytes anywhere and any number of times, materialize it on every
+rank::
+
+    handle = shmx.share(tensor)
+    with shmx.readers(4):              # this pickle will be loaded four times
+        blob = pickle.dumps(handle)
+    ...
+    pickle.loads(blob).view()          # zero-copy, in any process of the host
+"""
+
+import sys as _sys
+
+if _sys.platform != "linux":
+    raise ImportError(f"shmx runs on Linux only, not on {_sys.platform}: it needs /dev/shm and Linux file locks")
+
+from shmx._core import SharedTensor, readers
+from shmx.arena import Arena, attach, configure, default_arena, discard, empty, gc, share, stats, trim
+from shmx.errors import (
+    ArenaFullError,
+    DeviceError,
+    ForeignHostError,
+    InvalidHandleError,
+    ReleasedError,
+    SegmentLostError,
+    ShmxError,
+    StaleHandleError,
+    SystemCallError,
+    TooManyPeersError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Arena",
+    "ArenaFullError",
+    "DeviceError",
+    "ForeignHostError",
+    "InvalidHandleError",
+    "ReleasedError",
+    "SegmentLostError",
+    "SharedTensor",
+    "ShmxError",
+    "StaleHandleError",
+    "SystemCallError",
+    "TooManyPeersError",
+    "attach",
+    "configure",
+    "default_arena",
+    "discard",
+    "empty",
+    "gc",
+    "readers",
+    "share",
+    "stats",
+    "trim",
+]
+
+# Where users find them, and what their pickles name.
+SharedTensor.__module__ = "shmx"
+readers.__module__ = "shmx"

@@ -1,0 +1,276 @@
+"""Arenas, and the default arena of a process that the functions of the package use."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing.util
+import os
+import pickletools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shmx import _core
+from shmx._core import SharedTensor
+from shmx.config import ArenaConfig
+
+__all__ = ["Arena", "attach", "configure", "default_arena", "discard", "empty", "gc", "share", "stats", "trim"]
+
+
+class Arena(_core.Arena):
+    """Shared memory of one producer process: it alone allocates in it, up to 64 processes use it.
+
+    Most programs need only the default arena behind :func:`shmx.share`. An arena of its own gives a group of
+    tensors their own capacity and lifetime.
+
+    Parameters are those of :class:`shmx.config.ArenaConfig`; an argument that is not given is taken from the
+    environment. Also a context manager that closes the arena.
+
+    Raises
+    ------
+    ArenaFullError
+        /dev/shm has no room for even the control segment.
+    ValueError
+        A size is not positive or larger than 64 TiB.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity: int | None = None,
+        segment_bytes: int | None = None,
+        ticket_ttl: float | None = None,
+        reuse_delay: float | None = None,
+        scrub: bool | None = None,
+    ) -> None:
+        preset = ArenaConfig.from_environment()
+        chosen_scrub = preset.scrub if scrub is None else scrub
+        super().__init__(
+            capacity=preset.capacity if capacity is None else capacity,
+            segment_bytes=preset.segment_bytes if segment_bytes is None else segment_bytes,
+            ticket_ttl=preset.ticket_ttl if ticket_ttl is None else ticket_ttl,
+            reuse_delay=preset.reuse_delay if reuse_delay is None else reuse_delay,
+            scrub=bool(chosen_scrub),
+        )
+
+    def __enter__(self) -> Arena:
+        """Use the arena in a ``with`` block."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close the arena."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Name, capacity and whether it is closed."""
+        state = "closed" if self.closed else f"capacity={self.capacity}"
+        return f"Arena({self.name}, {state})"
+
+
+_lock = threading.Lock()
+_default: Arena | None = None
+_configured: dict[str, Any] = {}
+
+
+def default_arena() -> Arena:
+    """The arena of this process that :func:`share` and :func:`empty` use; made on first use.
+
+    A forked child gets one of its own.
+    """
+    global _default
+    arena = _default
+    if arena is not None and not arena.closed:
+        return arena
+    with _lock:
+        if _default is None or _default.closed:
+            _default = Arena(**_configured)
+        return _default
+
+
+def configure(
+    *,
+    capacity: int | None = None,
+    segment_bytes: int | None = None,
+    ticket_ttl: float | None = None,
+    reuse_delay: float | None = None,
+    scrub: bool | None = None,
+) -> None:
+    """Set what the default arena is made with. Call it before the first :func:`share`.
+
+    Parameters are those of :class:`shmx.config.ArenaConfig`; they win over the environment.
+
+    Raises
+    ------
+    RuntimeError
+        The default arena exists already.
+    """
+    with _lock:
+        if _default is not None and not _default.closed:
+            raise RuntimeError(
+                f"the default arena {_default.name} exists already; call shmx.configure before the first share, "
+                "or make an Arena(...) of its own"
+            )
+        settings = ArenaConfig(capacity, segment_bytes, ticket_ttl, reuse_delay, scrub)
+        _configured.update({name: value for name, value in vars(settings).items() if value is not None})
+
+
+def share(tensor: torch.Tensor, *, key: str | None = None, timeout: float | None = None) -> SharedTensor:
+    """Publish a tensor: copy it once into shared memory and return a handle to pickle.
+
+    Parameters
+    ----------
+    tensor
+        A dense tensor on any device, of any strides; stored contiguous. Values only: the result does not require
+        grad. A tensor made by :func:`empty`, or a slice of one, is not copied and keeps its strides; do not write
+        to it afterwards.
+    key
+        Names the content (a hash, a request's image id). While a block with that key lives in this arena, it is
+        used again and nothing is copied.
+    timeout
+        Seconds to wait for room if the arena is full. By default it raises at once.
+
+    Returns
+    -------
+    SharedTensor
+        Holds the block until it is released or collected.
+
+    Raises
+    ------
+    TypeError
+        Not a tensor, or sparse, meta, quantized, or of a dtype without a byte layout.
+    ArenaFullError
+        Capacity, /dev/shm or the memory cgroup is exhausted.
+    ValueError
+        The key names a tensor of another shape or dtype.
+    """
+    return default_arena().share(tensor, key=key, timeout=timeout)
+
+
+def empty(
+    shape: int | Sequence[int], *, dtype: torch.dtype | None = None, timeout: float | None = None
+) -> torch.Tensor:
+    """Make a CPU tensor that lives in the arena, its content undefined: :func:`share` of it copies nothing.
+
+    Parameters
+    ----------
+    shape
+        Sizes of the dimensions.
+    dtype
+        Default: ``torch.get_default_dtype()``.
+    timeout
+        As for :func:`share`.
+
+    Returns
+    -------
+    torch.Tensor
+        Keeps its memory as long as it, a view of it, or a handle of it lives.
+
+    Raises
+    ------
+    ArenaFullError
+        As for :func:`share`.
+    """
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    return default_arena().empty(sizes, dtype=dtype or torch.get_default_dtype(), timeout=timeout)
+
+
+def attach(handle: SharedTensor) -> None:
+    """Map all of a handle's arena now, so that the first tensors of it do not pay for it.
+
+    Raises
+    ------
+    SegmentLostError
+        The arena is gone.
+    TooManyPeersError
+        The arena has as many processes as it takes.
+    """
+    _core.attach(handle)
+
+
+def discard(blob: bytes | bytearray | memoryview) -> int:
+    """Take back the messages in a pickle, or in the result of ``to_bytes``, that will not be sent or loaded.
+
+    The pickle is scanned, not loaded: nothing in it is executed.
+
+    Returns
+    -------
+    int
+        How many announced messages were taken back.
+
+    Raises
+    ------
+    InvalidHandleError
+        ``blob`` is neither a pickle nor the bytes of a handle.
+    """
+    data = bytes(blob)
+    if data.startswith(b"SX"):
+        return int(_core.discard_bytes(data))
+    try:
+        texts = {
+            argument
+            for _, argument, _ in pickletools.genops(data)
+            if isinstance(argument, str) and argument.startswith(_core.TEXT_PREFIX)
+        }
+    except Exception as error:
+        from shmx.errors import InvalidHandleError
+
+        raise InvalidHandleError(f"not a pickle, nor the bytes of a handle: {error}") from error
+    return sum(_core.discard_text(text) for text in texts)
+
+
+def trim() -> int:
+    """Give memory of the default arena that is not in use back to the system; returns the number of bytes."""
+    arena = _default
+    return arena.trim() if arena is not None and not arena.closed else 0
+
+
+def gc(*, force: bool = False) -> list[dict[str, Any]]:
+    """Remove arenas whose owners are gone and which nobody uses any more.
+
+    Parameters
+    ----------
+    force
+        Give up messages that were never loaded at once instead of after their time-to-live. Data that a live
+        process holds is never touched.
+
+    Returns
+    -------
+    list of dict
+        For each arena in /dev/shm that this process has no part in: ``name``, ``outcome`` (``"removed"``,
+        ``"in use"``, ``"owner alive"`` or ``"not ours"``) and ``bytes``.
+    """
+    arena = _default
+    if arena is not None and not arena.closed:
+        arena.sweep(expire_all=force)
+    return _core.reap(force=force)
+
+
+def stats() -> dict[str, Any]:
+    """What this process uses: its default arena (``None`` if not made yet), the arenas it is attached to, and the
+    bytes kept for materialized tensors."""
+    arena = _default
+    return {
+        "arena": arena.stats() if arena is not None and not arena.closed else None,
+        "attached": _core.attached(),
+        "pool_bytes": _core.pool_bytes(),
+    }
+
+
+def _forget_default() -> None:
+    global _default, _lock
+    _lock = threading.Lock()
+    _default = None
+
+
+def _leave_at_exit(*_: object) -> None:
+    # multiprocessing ends its children with os._exit, which runs its own finalizers and no atexit handler; a forked
+    # child has cleared those of its parent by then.
+    multiprocessing.util.Finalize(None, _core.leave_all, exitpriority=-1000)
+
+
+os.register_at_fork(after_in_child=_forget_default)
+multiprocessing.util.register_after_fork(_core, _leave_at_exit)
+_leave_at_exit()
+atexit.register(_core.leave_all)

@@ -1,0 +1,83 @@
+"""Settings of the default arena: arguments of :func:`shmx.configure`, or environment variables ``SHMX_*``."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+
+__all__ = ["ArenaConfig"]
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off", ""}
+_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def _bytes(name: str, text: str) -> int:
+    number, unit = text.strip().lower().removesuffix("ib").removesuffix("b"), 1
+    if number and number[-1] in _UNITS:
+        number, unit = number[:-1], _UNITS[number[-1]]
+    try:
+        return int(float(number) * unit) if "." in number else int(number) * unit
+    except ValueError:
+        raise ValueError(f"{name}={text!r} is not a size; give bytes, or a number with KiB, MiB or GiB") from None
+
+
+def _seconds(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}={text!r} is not a number of seconds") from None
+
+
+def _flag(name: str, text: str) -> bool:
+    if text.lower() in _TRUE:
+        return True
+    if text.lower() in _FALSE:
+        return False
+    raise ValueError(f"{name}={text!r} is not a flag; give 1 or 0")
+
+
+@dataclass(frozen=True)
+class ArenaConfig:
+    """What an arena is made with. ``None`` leaves the choice to shmx.
+
+    Parameters
+    ----------
+    capacity
+        Bytes of shared memory at most; taken from the system only as used. Default: the lesser of half of
+        /dev/shm and 64 GiB. Environment: ``SHMX_CAPACITY``.
+    segment_bytes
+        Size of a data segment in bytes; a larger tensor gets a segment of its own. Default 256 MiB.
+        Environment: ``SHMX_SEGMENT_BYTES``.
+    ticket_ttl
+        Seconds after which a message that nobody has loaded may be given up under memory pressure. Default 300.
+        Environment: ``SHMX_TICKET_TTL``.
+    reuse_delay
+        Seconds that a block rests after its last release if a handle of it was pickled without a reader count.
+        Default 0.1. Environment: ``SHMX_REUSE_DELAY``.
+    scrub
+        Clear a block before it is used again. Default off. Environment: ``SHMX_SCRUB``.
+    """
+
+    capacity: int | None = None
+    segment_bytes: int | None = None
+    ticket_ttl: float | None = None
+    reuse_delay: float | None = None
+    scrub: bool | None = None
+
+    @classmethod
+    def from_environment(cls) -> ArenaConfig:
+        """Read ``SHMX_*``; raises ``ValueError`` that names the variable if one cannot be read."""
+        values: dict[str, int | float | bool] = {}
+        for field in fields(cls):
+            name = f"SHMX_{field.name.upper()}"
+            text = os.environ.get(name)
+            if text is None:
+                continue
+            if field.name in ("capacity", "segment_bytes"):
+                values[field.name] = _bytes(name, text)
+            elif field.name == "scrub":
+                values[field.name] = _flag(name, text)
+            else:
+                values[field.name] = _seconds(name, text)
+        return cls(**values)  # type: ignore[arg-type]

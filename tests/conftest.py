@@ -1,0 +1,86 @@
+"""What every test stands on: nothing may be left behind, and children are bounded."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shmx import _core
+from tests.children import Children
+
+SHM = Path("/dev/shm")
+
+
+def segment_names() -> set[str]:
+    return {entry.name for entry in SHM.iterdir() if entry.name.startswith("shmx-")}
+
+
+def open_descriptors() -> dict[int, str]:
+    found = {}
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            found[int(entry)] = os.readlink(f"/proc/self/fd/{entry}")
+        except FileNotFoundError:
+            continue  # the descriptor that listed the directory
+    return found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if call.when == "call":
+        item.stash[_passed] = report.passed
+    return report
+
+
+_passed = pytest.StashKey[bool]()
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a segment, a child or a descriptor. The default arena ends with each test."""
+    names = segment_names()
+    descriptors = open_descriptors()
+    yield
+    gc.collect()
+    _core.leave_all()
+    _core.clear_pool()
+    left = {
+        "children": multiprocessing.active_children(),
+        "descriptors": sorted(
+            target for fd, target in open_descriptors().items() if descriptors.get(fd) != target and "shmx-" in target
+        ),
+        "segments": sorted(segment_names() - names),
+    }
+    # Names left would fail every later test too.
+    _core.reap(force=True)
+    if request.node.stash.get(_passed, False):
+        assert not any(left.values()), f"left behind: { {what: which for what, which in left.items() if which} }"
+
+
+@pytest.fixture
+def children() -> Iterator[Children]:
+    """Start processes; whatever still runs at the end of the test is killed."""
+    started = Children()
+    yield started
+    started.kill()
+
+
+@pytest.fixture
+def segments() -> Iterator[object]:
+    """The names in /dev/shm that have appeared since the test began, as a function."""
+    before = segment_names()
+    yield lambda: segment_names() - before
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if os.environ.get("SHMX_LONG") == "1":
+        return
+    for item in items:
+        if "long" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="minutes; set SHMX_LONG=1"))
