@@ -100,13 +100,12 @@ Arena::~Arena() {
 BlockEntry& Arena::entry(std::uint32_t index) const { return attachment_->control().block(BlockIndex{index}); }
 
 void Arena::require_open() const {
-  if (closed()) {
-    throw Error(ErrorCode::kReleased, "arena " + attachment_->control().name() + " is closed; make another one");
-  }
-  attachment_->require_usable();
-  if (!attachment_->is_owner()) {
+  if (attachment_->usable() && !attachment_->is_owner()) {
     throw Error(ErrorCode::kReleased, "arena " + attachment_->control().name() +
                                           " belongs to the parent process; a forked child makes its own");
+  }
+  if (closed()) {
+    throw Error(ErrorCode::kReleased, "arena " + attachment_->control().name() + " is closed; make another one");
   }
 }
 

@@ -89,7 +89,8 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   std::uint32_t sweep(bool expire_all);
   // No more allocation. The arena leaves the system when nothing in it is in use any more.
   void close();
-  [[nodiscard]] bool closed() const { return closed_.load(std::memory_order_relaxed); }
+  // Also after the process has left all its arenas.
+  [[nodiscard]] bool closed() const { return closed_.load(std::memory_order_relaxed) || !attachment_->usable(); }
 
   [[nodiscard]] ArenaStats stats();
   [[nodiscard]] const std::shared_ptr<Attachment>& attachment() const { return attachment_; }
