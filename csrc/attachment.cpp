@@ -376,7 +376,7 @@ void Attachment::parent_after_fork() noexcept {
 
 bool Attachment::child_after_fork() noexcept {
   lock_.forget();  // the parent's page is not mapped here
-  control_.file().reopen_on_next_use();
+  control_.file().close();  // or a lock probed for here would be the parent's, too
   const ForkPlan plan = std::exchange(fork_plan_, ForkPlan::kNone);
   if (plan != ForkPlan::kJoins) {
     inert_.store(true, std::memory_order_relaxed);

@@ -179,6 +179,8 @@ void leave(Attachment& attachment) noexcept {
     attachment.retire();
     forget_attachment(attachment);
     (void)reap(attachment.control(), 0, Expiry::kTimeToLive);
+    const std::lock_guard guard(probe_mutex());
+    attachment.control().file().close();
   } catch (const std::exception&) {
     return;  // as in reap_if_orphaned
   }

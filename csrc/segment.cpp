@@ -126,7 +126,7 @@ int SegmentFile::fd() {
   return fd_.get();
 }
 
-void SegmentFile::reopen_on_next_use() {
+void SegmentFile::close() {
   if (fd_.valid() && !still_ours()) fd_.forget();
   fd_.reset();
 }

@@ -76,8 +76,8 @@ class SegmentFile {
   // Throws SegmentLost if the file is gone.
   [[nodiscard]] int fd();
   [[nodiscard]] const std::string& name() const { return name_; }
-  // Closes the descriptor and opens the name again at the next use (a forked child must not share it).
-  void reopen_on_next_use();
+  // Closes the descriptor; the next use opens the name again.
+  void close();
 
  private:
   [[nodiscard]] bool still_ours() const;
