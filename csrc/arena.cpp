@@ -351,8 +351,9 @@ std::uint32_t Arena::add_segment(std::uint64_t bytes) {
   auto slot = static_cast<std::uint32_t>(
       std::find_if(segments_.begin(), segments_.end(), [](const Segment& s) { return s.id == 0; }) - segments_.begin());
   if (slot == kMaxSegments) {
-    throw no_space_error(name(), bytes, "all " + std::to_string(kMaxSegments) +
-                                            " segments are in use; raise segment_bytes (SHMX_SEGMENT_BYTES)");
+    throw no_space_error(
+        name(), bytes,
+        "all " + std::to_string(kMaxSegments) + " segments are in use; raise segment_bytes (SHMX_SEGMENT_BYTES)");
   }
   if (slot == segments_.size()) segments_.emplace_back();
   const std::uint32_t id = next_segment_id_++;
@@ -482,9 +483,10 @@ Error Arena::full(std::uint64_t size, const std::string& reason) {
            human_bytes(held[peer]) + ")";
   }
   who += ", by " + std::to_string(waiting) + " messages not loaded yet " + human_bytes(waiting_bytes);
-  return no_space_error(name(), size, reason + who +
-                                          "; release handles and views, raise the capacity (SHMX_CAPACITY), or wait "
-                                          "for room with timeout=");
+  return no_space_error(name(), size,
+                        reason + who +
+                            "; release handles and views, raise the capacity (SHMX_CAPACITY), or wait "
+                            "for room with timeout=");
 }
 
 std::optional<Arena::Keyed> Arena::find_key(const std::string& key) {

@@ -25,11 +25,11 @@
 namespace shmx {
 
 struct ArenaOptions {
-  std::uint64_t capacity = 0;                  // 0: the lesser of half of /dev/shm and 64 GiB
-  std::uint64_t segment_bytes = 256U << 20;    // size of a data segment; reserved only as used
-  double ticket_ttl = 300;                     // seconds
-  double reuse_delay = 0.1;                    // seconds
-  bool scrub = false;                          // clear blocks before they are used again
+  std::uint64_t capacity = 0;                // 0: the lesser of half of /dev/shm and 64 GiB
+  std::uint64_t segment_bytes = 256U << 20;  // size of a data segment; reserved only as used
+  double ticket_ttl = 300;                   // seconds
+  double reuse_delay = 0.1;                  // seconds
+  bool scrub = false;                        // clear blocks before they are used again
 };
 
 struct Allocation {
@@ -40,7 +40,7 @@ struct Allocation {
 struct ArenaStats {
   std::string name;
   std::uint64_t capacity;
-  std::uint64_t reserved;  // bytes of shared memory taken from the system
+  std::uint64_t reserved;   // bytes of shared memory taken from the system
   std::uint64_t in_blocks;  // bytes of blocks that hold a tensor or may be loaded yet
   std::uint64_t largest_free;
   std::uint32_t segments;

@@ -95,8 +95,9 @@ void Attachment::require_usable() const {
   if (usable()) return;
   if (left_out_of_fork_.load(std::memory_order_relaxed)) {
     throw Error(ErrorCode::kTooManyPeers,
-                "arena " + control_.name() + " had no free peer slot when this process was forked, so it did not "
-                "inherit its parent's tensors; use fewer processes, or the spawn start method",
+                "arena " + control_.name() +
+                    " had no free peer slot when this process was forked, so it did not "
+                    "inherit its parent's tensors; use fewer processes, or the spawn start method",
                 EUSERS);
   }
   throw Error(ErrorCode::kReleased, "arena " + control_.name() + " is not used by this process any more");
@@ -232,7 +233,8 @@ std::byte* Attachment::data(const Hold& hold) {
   DataMapping& segment = map_segment(slot);
   if (bytes > segment.mapping.bytes() || offset > segment.mapping.bytes() - bytes) {
     throw Error(ErrorCode::kInvalidHandle, "block " + std::to_string(value(hold.block())) + " of arena " +
-                                               control_.name() + " lies outside its segment: the block table is damaged");
+                                               control_.name() +
+                                               " lies outside its segment: the block table is damaged");
   }
   return segment.mapping.base() + offset;
 }
@@ -375,7 +377,7 @@ void Attachment::parent_after_fork() noexcept {
 }
 
 bool Attachment::child_after_fork() noexcept {
-  lock_.forget();  // the parent's page is not mapped here
+  lock_.forget();           // the parent's page is not mapped here
   control_.file().close();  // or a lock probed for here would be the parent's, too
   const ForkPlan plan = std::exchange(fork_plan_, ForkPlan::kNone);
   if (plan != ForkPlan::kJoins) {

@@ -18,6 +18,7 @@
 #include "copy.hpp"
 #include "destination_pool.hpp"
 #include "dlpack_abi.hpp"
+#include "docstrings.hpp"
 #include "error.hpp"
 #include "handle.hpp"
 #include "host.hpp"
@@ -55,7 +56,8 @@ const char* exception_name(ErrorCode code) {
 }
 
 py::object exception_object(const Error& error) {
-  if (error.code() == ErrorCode::kInvalidArgument) return py::module_::import("builtins").attr("ValueError")(error.what());
+  if (error.code() == ErrorCode::kInvalidArgument)
+    return py::module_::import("builtins").attr("ValueError")(error.what());
   const py::object type = py::module_::import("shmx.errors").attr(exception_name(error.code()));
   if (error.system_errno() != 0 && PyObject_IsSubclass(type.ptr(), PyExc_OSError) == 1) {
     return type(error.system_errno(), error.what());
@@ -74,9 +76,7 @@ void translate_errors(std::exception_ptr pointer) {
 
 // ---- torch, reached through Python objects only
 
-py::str intern(const char* name) {
-  return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name));
-}
+py::str intern(const char* name) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(name)); }
 
 // Filled when the module is imported, never freed: torch outlives every use.
 struct Torch {
@@ -97,7 +97,8 @@ void load_torch() {
   auto loaded = std::make_unique<Torch>();
   loaded->tensor_type = module.attr("Tensor");
   if (!py::hasattr(loaded->tensor_type, "__dlpack_c_exchange_api__")) {
-    throw py::import_error("shmx needs torch >= 2.10 (this is " + py::str(module.attr("__version__")).cast<std::string>() +
+    throw py::import_error("shmx needs torch >= 2.10 (this is " +
+                           py::str(module.attr("__version__")).cast<std::string>() +
                            ", without torch.Tensor.__dlpack_c_exchange_api__): pip install -U torch");
   }
   const py::capsule capsule = loaded->tensor_type.attr("__dlpack_c_exchange_api__");
@@ -124,9 +125,7 @@ py::object get(const py::object& object, const py::str& name) {
   return py::reinterpret_steal<py::object>(value);
 }
 
-py::object dtype_object(Dtype dtype) {
-  return py::reinterpret_borrow<py::object>(torch->dtype_objects[value(dtype)]);
-}
+py::object dtype_object(Dtype dtype) { return py::reinterpret_borrow<py::object>(torch->dtype_objects[value(dtype)]); }
 
 Dtype dtype_of(const py::handle& object) {
   const auto found = torch->dtypes.find(object.ptr());
@@ -327,10 +326,11 @@ class SharedTensor {
                            py::str(py::type::of(destination)).cast<std::string>());
     }
     const py::object expected = shape();
-    if (!get(destination, torch->shape).equal(expected) || !get(destination, torch->dtype).is(dtype_object(meta().dtype))) {
-      throw py::value_error("the destination is " + describe(get(destination, torch->shape), get(destination, torch->dtype)) +
-                            ", the tensor is " + describe(expected, dtype_object(meta().dtype)) +
-                            "; they must be equal");
+    if (!get(destination, torch->shape).equal(expected) ||
+        !get(destination, torch->dtype).is(dtype_object(meta().dtype))) {
+      throw py::value_error(
+          "the destination is " + describe(get(destination, torch->shape), get(destination, torch->dtype)) +
+          ", the tensor is " + describe(expected, dtype_object(meta().dtype)) + "; they must be equal");
     }
     const py::object guard = torch->no_grad();
     guard.attr("__enter__")();
@@ -402,7 +402,8 @@ std::shared_ptr<Arena> make_arena(std::optional<std::int64_t> capacity, std::opt
                                   std::optional<double> ticket_ttl, std::optional<double> reuse_delay, bool scrub) {
   ArenaOptions options;
   const auto positive = [](std::int64_t number, const char* name) {
-    if (number <= 0) throw py::value_error(std::string(name) + " is a positive number of bytes, not " + std::to_string(number));
+    if (number <= 0)
+      throw py::value_error(std::string(name) + " is a positive number of bytes, not " + std::to_string(number));
     return static_cast<std::uint64_t>(number);
   };
   if (capacity) options.capacity = positive(*capacity, "capacity");
@@ -485,7 +486,8 @@ SharedTensor share_tensor(Arena& arena, const py::object& tensor, std::optional<
   meta.dtype = dtype_of(get(tensor, torch->dtype));
   const bool on_cpu = get(tensor, torch->is_cpu).cast<bool>();
   if (!get(tensor, torch->layout).is(torch->strided) || get(tensor, torch->is_meta).cast<bool>()) {
-    throw py::type_error("shmx shares dense tensors with data, not " + py::str(get(tensor, torch->layout)).cast<std::string>() +
+    throw py::type_error("shmx shares dense tensors with data, not " +
+                         py::str(get(tensor, torch->layout)).cast<std::string>() +
                          (get(tensor, torch->is_meta).cast<bool>() ? " on the meta device" : "") +
                          "; convert it first (to_dense(), or share its parts)");
   }
@@ -539,7 +541,8 @@ SharedTensor arena_share(Arena& arena, const py::object& tensor, const std::opti
     TensorMeta meta = decode_handle(known->description).meta;
     if (meta.shape != get(tensor, torch->shape).cast<std::vector<std::int64_t>>() ||
         !dtype_object(meta.dtype).is(get(tensor, torch->dtype))) {
-      throw py::value_error("key '" + *key + "' is taken by a tensor of another shape or dtype; a key names content, "
+      throw py::value_error("key '" + *key +
+                            "' is taken by a tensor of another shape or dtype; a key names content, "
                             "so give different content a different key");
     }
     return SharedTensor(Handle(std::move(meta), std::move(known->hold)));
@@ -649,20 +652,22 @@ PYBIND11_MODULE(_core, module) {
   using namespace shmx;
   using namespace pybind11::literals;
 
+  py::options options;
+  options.disable_function_signatures();
   py::register_exception_translator(&translate_errors);
   load_torch();
 
-  py::class_<ReadersContext>(module, "readers")
+  py::class_<ReadersContext>(module, "readers", doc::kReaders)
       .def(py::init<std::int64_t>(), "n"_a)
       .def("__enter__",
            [](const py::object& self) {
              self.cast<ReadersContext&>().enter(self);
              return self;
            })
-      .def("__exit__", [](ReadersContext& self, const py::object& type, const py::object&,
-                          const py::object&) { self.exit(type); });
+      .def("__exit__",
+           [](ReadersContext& self, const py::object& type, const py::object&, const py::object&) { self.exit(type); });
 
-  py::class_<SharedTensor>(module, "SharedTensor")
+  py::class_<SharedTensor>(module, "SharedTensor", doc::kSharedTensor)
       .def(py::init(&SharedTensor::from_text), "text"_a)
       .def("__reduce_ex__",
            [](const SharedTensor& self, int) {
@@ -670,21 +675,23 @@ PYBIND11_MODULE(_core, module) {
            })
       .def("__copy__", &SharedTensor::copy)
       .def("__deepcopy__", [](const SharedTensor& self, const py::object&) { return self.copy(); })
-      .def("to_bytes", [](const SharedTensor& self) { return py::bytes(self.to_bytes()); })
-      .def_static("from_bytes",
-                  [](const py::bytes& bytes) { return SharedTensor::from_bytes(std::string_view(bytes)); }, "data"_a)
-      .def("with_readers", &SharedTensor::with_readers, "n"_a)
-      .def("view", &SharedTensor::view)
+      .def(
+          "to_bytes", [](const SharedTensor& self) { return py::bytes(self.to_bytes()); }, doc::kToBytes)
+      .def_static(
+          "from_bytes", [](const py::bytes& bytes) { return SharedTensor::from_bytes(std::string_view(bytes)); },
+          "data"_a, doc::kFromBytes)
+      .def("with_readers", &SharedTensor::with_readers, "n"_a, doc::kWithReaders)
+      .def("view", &SharedTensor::view, doc::kView)
       .def("materialize", &SharedTensor::materialize, "device"_a = py::none(), py::kw_only(), "stream"_a = py::none(),
-           "non_blocking"_a = true)
-      .def("materialize_into", &SharedTensor::materialize_into, "dst"_a)
-      .def("release", &SharedTensor::release)
-      .def("revoke", &SharedTensor::revoke)
-      .def("numpy", [](const SharedTensor& self) { return self.view().attr("numpy")(); })
-      .def("__array__",
-           [](const SharedTensor& self, const py::args& args, const py::kwargs& kwargs) {
-             return self.view().attr("__array__")(*args, **kwargs);
-           })
+           "non_blocking"_a = true, doc::kMaterialize)
+      .def("materialize_into", &SharedTensor::materialize_into, "dst"_a, doc::kMaterializeInto)
+      .def("release", &SharedTensor::release, doc::kRelease)
+      .def("revoke", &SharedTensor::revoke, doc::kRevoke)
+      .def(
+          "numpy", [](const SharedTensor& self) { return self.view().attr("numpy")(); },
+          "Zero-copy ``numpy.ndarray`` of the shared pages; as :meth:`view`.")
+      .def("__array__", [](const SharedTensor& self, const py::args& args,
+                           const py::kwargs& kwargs) { return self.view().attr("__array__")(*args, **kwargs); })
       .def("__dlpack__",
            [](const SharedTensor& self, const py::kwargs& kwargs) { return self.view().attr("__dlpack__")(**kwargs); })
       .def("__dlpack_device__", [](const SharedTensor&) { return py::make_tuple(dlpack::kCpu, 0); })
@@ -692,11 +699,14 @@ PYBIND11_MODULE(_core, module) {
       .def("__exit__", [](SharedTensor& self, const py::args&) { self.release(); })
       .def("__len__", &SharedTensor::length)
       .def("__repr__", &SharedTensor::repr)
-      .def_property_readonly("shape", &SharedTensor::shape)
-      .def_property_readonly("dtype", &SharedTensor::dtype)
-      .def_property_readonly("nbytes", &SharedTensor::nbytes)
-      .def_property_readonly("is_available", &SharedTensor::available)
-      .def_property_readonly("error", &SharedTensor::error);
+      .def_property_readonly("shape", &SharedTensor::shape, "Sizes, as a tuple.")
+      .def_property_readonly("dtype", &SharedTensor::dtype, "The ``torch.dtype``.")
+      .def_property_readonly("nbytes", &SharedTensor::nbytes, "Bytes of the elements.")
+      .def_property_readonly("is_available", &SharedTensor::available,
+                             "Whether this handle holds its data; if not, :attr:`error` says why.")
+      .def_property_readonly(
+          "error", &SharedTensor::error,
+          "Why there is no data, as the exception that :meth:`view` raises; ``None`` while there is.");
 
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
       .def(py::init(&make_arena), py::kw_only(), "capacity"_a = py::none(), "segment_bytes"_a = py::none(),
@@ -705,9 +715,7 @@ PYBIND11_MODULE(_core, module) {
       .def(
           "empty",
           [](Arena& arena, const std::vector<std::int64_t>& shape, const py::object& dtype,
-             std::optional<double> timeout) {
-            return arena_empty(arena, {dtype_of(dtype), 0, shape, {}}, timeout);
-          },
+             std::optional<double> timeout) { return arena_empty(arena, {dtype_of(dtype), 0, shape, {}}, timeout); },
           "shape"_a, py::kw_only(), "dtype"_a, "timeout"_a = py::none())
       .def("trim", &Arena::trim, py::call_guard<py::gil_scoped_release>())
       .def("sweep", &Arena::sweep, py::kw_only(), "expire_all"_a = false, py::call_guard<py::gil_scoped_release>())

@@ -128,7 +128,8 @@ std::size_t measure_threshold() {
     for (std::size_t round = 0; round < 4; ++round) {
       const std::size_t offset = round * bytes % kBuffer;
       best_plain = std::min(best_plain, seconds_of(plain, destination + offset, source + offset, bytes));
-      best_streaming = std::min(best_streaming, seconds_of(streaming().copy, destination + offset, source + offset, bytes));
+      best_streaming =
+          std::min(best_streaming, seconds_of(streaming().copy, destination + offset, source + offset, bytes));
     }
     if (best_streaming >= best_plain) break;
     threshold = bytes;
@@ -141,7 +142,8 @@ std::size_t measure_threshold() {
 
 std::size_t non_temporal_threshold() {
   static const std::size_t threshold = [] {
-    if (const char* text = std::getenv("SHMX_NT_THRESHOLD")) return static_cast<std::size_t>(std::strtoull(text, nullptr, 10));
+    if (const char* text = std::getenv("SHMX_NT_THRESHOLD"))
+      return static_cast<std::size_t>(std::strtoull(text, nullptr, 10));
     return measure_threshold();
   }();
   return threshold;

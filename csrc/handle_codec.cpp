@@ -35,9 +35,8 @@ std::uint32_t crc32(std::string_view bytes) {
 }
 
 Error invalid(const char* what) {
-  return {ErrorCode::kInvalidHandle,
-          std::string("not a valid shmx handle: ") + what +
-              "; it was cut, changed on its way, or made by something other than shmx"};
+  return {ErrorCode::kInvalidHandle, std::string("not a valid shmx handle: ") + what +
+                                         "; it was cut, changed on its way, or made by something other than shmx"};
 }
 
 class Writer {

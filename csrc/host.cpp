@@ -5,8 +5,8 @@
 #include <sys/statvfs.h>
 #include <time.h>
 
-#include <cerrno>
 #include <algorithm>
+#include <cerrno>
 #include <fstream>
 #include <sstream>
 #include <string>
@@ -86,7 +86,7 @@ std::uint32_t host_id() {
     std::ifstream file("/proc/sys/kernel/random/boot_id");
     std::string identity;
     std::getline(file, identity);
-    struct stat shm {};
+    struct stat shm{};
     if (::stat("/dev/shm", &shm) != 0) throw system_error("stat", "/dev/shm", errno);
     return fnv1a(identity + "/" + std::to_string(shm.st_dev) + "/" + std::to_string(shm.st_ino));
   }();
@@ -116,7 +116,7 @@ std::optional<std::uint64_t> memory_cgroup_room() {
 }
 
 std::uint64_t shm_filesystem_bytes() {
-  struct statvfs facts {};
+  struct statvfs facts{};
   if (::statvfs("/dev/shm", &facts) != 0) throw system_error("statvfs", "/dev/shm", errno);
   return static_cast<std::uint64_t>(facts.f_blocks) * facts.f_frsize;
 }

@@ -14,8 +14,8 @@ namespace shmx {
 inline constexpr std::uint64_t kMagic = 0x31'6c'74'63'78'6d'68'73;  // "shmxctl1", little endian
 inline constexpr std::uint32_t kLayoutVersion = 1;
 
-inline constexpr std::uint32_t kMaxPeers = 64;        // bits of BlockState::holds; the owner is peer 0
-inline constexpr std::uint32_t kMessageCells = 10;    // messages of one block in flight at a time
+inline constexpr std::uint32_t kMaxPeers = 64;         // bits of BlockState::holds; the owner is peer 0
+inline constexpr std::uint32_t kMessageCells = 10;     // messages of one block in flight at a time
 inline constexpr std::uint32_t kMaxBlocks = 1U << 17;  // 16 MiB of table, committed as it is used
 inline constexpr std::uint32_t kMaxSegments = 1024;
 inline constexpr std::uint64_t kBlockAlignment = 256;  // every block starts and ends on it
@@ -79,10 +79,10 @@ struct ControlHeader {
   std::uint32_t ttl_ticks;  // ticket time-to-live, for reapers
 
   alignas(64) std::atomic<Lifecycle> lifecycle;
-  std::atomic<std::uint32_t> owner_left;     // the owner has exited or closed the arena
-  std::atomic<std::uint32_t> block_count;    // entries [0, block_count) are committed and initialised
-  std::atomic<std::uint32_t> trim_count;     // grows whenever a segment is marked dead
-  std::atomic<std::uint32_t> owner_active;   // Ticks of the owner's last publication
+  std::atomic<std::uint32_t> owner_left;    // the owner has exited or closed the arena
+  std::atomic<std::uint32_t> block_count;   // entries [0, block_count) are committed and initialised
+  std::atomic<std::uint32_t> trim_count;    // grows whenever a segment is marked dead
+  std::atomic<std::uint32_t> owner_active;  // Ticks of the owner's last publication
 
   alignas(64) PeerEntry peers[kMaxPeers];
   alignas(64) SegmentEntry segments[kMaxSegments];

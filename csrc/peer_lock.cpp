@@ -13,7 +13,7 @@ namespace shmx {
 namespace {
 
 struct flock lock_request(short type, PeerSlot slot) {
-  struct flock request {};  // l_pid must be 0 for OFD locks
+  struct flock request{};  // l_pid must be 0 for OFD locks
   request.l_type = type;
   request.l_whence = SEEK_SET;
   request.l_start = static_cast<off_t>(value(slot));

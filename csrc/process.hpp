@@ -41,8 +41,7 @@ class AllBlockLocks {
 // The membership, made on first use. Throws as Attachment::join.
 [[nodiscard]] std::shared_ptr<Attachment> attach(ArenaId arena);
 // One load of a handle (Attachment::load) in the arena of that name, joining it if need be.
-[[nodiscard]] Hold load_block(ArenaId arena, BlockIndex block, Generation generation,
-                              std::optional<MessageId> message);
+[[nodiscard]] Hold load_block(ArenaId arena, BlockIndex block, Generation generation, std::optional<MessageId> message);
 void register_attachment(const std::shared_ptr<Attachment>& attachment);
 void forget_attachment(const Attachment& attachment);
 [[nodiscard]] std::vector<std::shared_ptr<Attachment>> all_attachments();

@@ -46,7 +46,7 @@ void UniqueFd::reset() {
 }
 
 FileFacts file_facts(int fd, const std::string& name) {
-  struct stat facts {};
+  struct stat facts{};
   if (::fstat(fd, &facts) != 0) throw system_error("fstat", name, errno);
   return {{facts.st_dev, facts.st_ino},
           static_cast<std::uint64_t>(facts.st_size),
@@ -110,7 +110,7 @@ SegmentFile::~SegmentFile() {
 }
 
 bool SegmentFile::still_ours() const {
-  struct stat facts {};
+  struct stat facts{};
   return ::fstat(fd_.get(), &facts) == 0 && FileIdentity{facts.st_dev, facts.st_ino} == identity_;
 }
 

@@ -30,7 +30,7 @@ def _gc(argv: Sequence[str]) -> int:
 def _demo(argv: Sequence[str]) -> int:
     from shmx.bench import demo
 
-    return demo.main(list(argv))
+    return int(demo.main(list(argv)))
 
 
 _COMMANDS = {
