@@ -141,7 +141,7 @@ Allocation Arena::allocate(ByteCount bytes) {
 
   (void)sweep_dead_peers();
   if (auto range = reclaim(size, Reuse::kUnderPressure, kMaxBlocks)) return place_block(*range);
-  if (expire(ttl_) != 0) {
+  if (expire() != 0) {
     if (auto range = reclaim(size, Reuse::kUnderPressure, kMaxBlocks)) return place_block(*range);
   }
   // Everything idle is free now, though not in one piece: whole segments may make room for another shape.
@@ -438,22 +438,36 @@ std::uint32_t Arena::sweep_dead_peers() {
   return dead;
 }
 
-std::uint32_t Arena::expire(Ticks ttl) {
+std::uint32_t Arena::expire() {
   const Ticks now = ticks_now();
   std::uint32_t dropped = 0;
   for (std::uint32_t index = 0; index < books_.size(); ++index) {
-    if (books_[index].live) dropped += drop_expired(entry(index).state, ttl, now);
+    if (!books_[index].live) continue;
+    const std::uint32_t here = drop_expired(entry(index).state, ttl_, now);
+    if (here != 0 && !expiry_noticed_) {
+      expiry_noticed_ = true;
+      expiry_notice_ = "arena " + name() + " needed room and gave up a message that nobody loaded for " +
+                       std::to_string(static_cast<std::uint64_t>(options_.ticket_ttl)) + " s (block " +
+                       std::to_string(index) + ", " + human_bytes(books_[index].range.bytes) +
+                       "); announce only loads that happen, discard() what is not sent, or raise SHMX_TICKET_TTL";
+    }
+    dropped += here;
   }
   expired_ += dropped;
   return dropped;
 }
 
-std::uint32_t Arena::sweep(bool expire_all) {
+std::uint32_t Arena::sweep(bool expire_messages) {
   const std::lock_guard guard(mutex_);
   require_open();
   const std::uint32_t dead = sweep_dead_peers();
-  if (expire_all) (void)expire(0);
+  if (expire_messages) (void)expire();
   return dead;
+}
+
+std::optional<std::string> Arena::take_expiry_notice() {
+  const std::lock_guard guard(mutex_);
+  return std::exchange(expiry_notice_, std::nullopt);
 }
 
 Error Arena::full(std::uint64_t size, const std::string& reason) {

@@ -85,8 +85,11 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   void revoke(const Hold& hold);
   // Retires idle blocks and gives wholly free segments back to the system; answers how many bytes.
   std::uint64_t trim();
-  // Frees what dead peers held and, with expire_all, every message not yet loaded. Answers blocks freed.
-  std::uint32_t sweep(bool expire_all);
+  // Frees what dead peers held and, if asked, gives up the messages that have outlived their time-to-live.
+  // Answers how many peers were dead.
+  std::uint32_t sweep(bool expire_messages);
+  // Once: which block lost a message to its time-to-live.
+  [[nodiscard]] std::optional<std::string> take_expiry_notice();
   // No more allocation. The arena leaves the system when nothing in it is in use any more.
   void close();
   // Also after the process has left all its arenas.
@@ -148,7 +151,7 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   void note_addresses(const std::byte* base, std::uint64_t bytes);
   bool drop_empty_segments();
   std::uint32_t sweep_dead_peers();
-  std::uint32_t expire(Ticks ttl);
+  std::uint32_t expire();
   [[nodiscard]] Error full(std::uint64_t size, const std::string& reason);
   void link(List& list, Links Book::* links, std::uint32_t index);
   void unlink(List& list, Links Book::* links, std::uint32_t index);
@@ -175,6 +178,8 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   std::unordered_map<std::string, std::uint32_t> keys_;
   std::optional<Ticks> last_sweep_;
   std::string growth_refusal_;
+  std::optional<std::string> expiry_notice_;
+  bool expiry_noticed_ = false;
   std::uint64_t published_ = 0;
   std::uint64_t reused_ = 0;
   std::uint64_t swept_ = 0;

@@ -420,8 +420,15 @@ Allocation allocate(Arena& arena, std::uint64_t bytes, std::optional<double> tim
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout.value_or(0));
   for (auto pause = std::chrono::microseconds(50);; pause = std::min(2 * pause, std::chrono::microseconds(5000))) {
     try {
-      const py::gil_scoped_release released;
-      return arena.allocate(ByteCount{bytes});
+      std::optional<std::string> notice;
+      std::optional<Allocation> allocation;
+      {
+        const py::gil_scoped_release released;
+        allocation = arena.allocate(ByteCount{bytes});
+        notice = arena.take_expiry_notice();
+      }
+      if (notice && PyErr_WarnEx(PyExc_RuntimeWarning, notice->c_str(), 1) != 0) throw py::error_already_set();
+      return std::move(*allocation);
     } catch (const Error& error) {
       if (error.code() != ErrorCode::kArenaFull || bytes > arena.options().capacity ||
           std::chrono::steady_clock::now() >= deadline) {
@@ -718,7 +725,7 @@ PYBIND11_MODULE(_core, module) {
              std::optional<double> timeout) { return arena_empty(arena, {dtype_of(dtype), 0, shape, {}}, timeout); },
           "shape"_a, py::kw_only(), "dtype"_a, "timeout"_a = py::none())
       .def("trim", &Arena::trim, py::call_guard<py::gil_scoped_release>())
-      .def("sweep", &Arena::sweep, py::kw_only(), "expire_all"_a = false, py::call_guard<py::gil_scoped_release>())
+      .def("sweep", &Arena::sweep, py::kw_only(), "expire_messages"_a = false, py::call_guard<py::gil_scoped_release>())
       .def("close", &Arena::close, py::call_guard<py::gil_scoped_release>())
       .def("stats", &arena_stats)
       .def_property_readonly("name", &Arena::name)

@@ -65,8 +65,8 @@ void after_fork_in_parent() {
   for (const auto& attachment : self.forking) attachment->parent_after_fork();
   unlock_after_fork(self);
   for (ForkParticipant* participant : self.participants) participant->unlock_in_parent();
-  self.participants_mutex.unlock();
   self.forking.clear();
+  self.participants_mutex.unlock();
 }
 
 void after_fork_in_child() {
@@ -79,8 +79,8 @@ void after_fork_in_child() {
   // relaxed: the child has one thread.
   self.joined->store(1, std::memory_order_relaxed);
   for (ForkParticipant* participant : self.participants) participant->unlock_in_child();
-  self.participants_mutex.unlock();
   self.forking.clear();
+  self.participants_mutex.unlock();
 }
 
 Process::Process() {

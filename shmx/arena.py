@@ -232,8 +232,8 @@ def gc(*, force: bool = False) -> list[dict[str, Any]]:
     Parameters
     ----------
     force
-        Give up messages that were never loaded at once instead of after their time-to-live. Data that a live
-        process holds is never touched.
+        Give up the messages of dead owners at once instead of after their time-to-live, and those of this
+        process's own arena that have outlived it. Data that a live process holds is never touched.
 
     Returns
     -------
@@ -243,7 +243,7 @@ def gc(*, force: bool = False) -> list[dict[str, Any]]:
     """
     arena = _default
     if arena is not None and not arena.closed:
-        arena.sweep(expire_all=force)
+        arena.sweep(expire_messages=force)
     return _core.reap(force=force)
 
 
