@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing.util
 import os
 import pickletools
@@ -265,12 +264,12 @@ def _forget_default() -> None:
 
 
 def _leave_at_exit(*_: object) -> None:
-    # multiprocessing ends its children with os._exit, which runs its own finalizers and no atexit handler; a forked
-    # child has cleared those of its parent by then.
+    # multiprocessing runs its finalizers at the end of the main process and of its children (which end with
+    # os._exit, so atexit would miss them). The low priority comes after queues have flushed what they still pickle.
     multiprocessing.util.Finalize(None, _core.leave_all, exitpriority=-1000)
 
 
 os.register_at_fork(after_in_child=_forget_default)
+# A forked child starts without its parent's finalizers.
 multiprocessing.util.register_after_fork(_core, _leave_at_exit)
 _leave_at_exit()
-atexit.register(_core.leave_all)
