@@ -1,0 +1,1 @@
+"""Demonstration and benchmarks of shmx, importable as ``shmx.bench``."""
