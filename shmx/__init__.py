@@ -15,6 +15,9 @@ import sys as _sys
 if _sys.platform != "linux":
     raise ImportError(f"shmx runs on Linux only, not on {_sys.platform}: it needs /dev/shm and Linux file locks")
 
+# First, so that a missing torch says so itself.
+import torch as _torch  # noqa: F401, I001
+
 from shmx._core import SharedTensor, readers
 from shmx.arena import Arena, attach, configure, default_arena, discard, empty, gc, share, stats, trim
 from shmx.errors import (
