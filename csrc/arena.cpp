@@ -3,8 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
-#include <bit>
 #include <cerrno>
 #include <cstring>
 
@@ -22,7 +20,7 @@ constexpr std::uint64_t kLargestCommitStep = 32U << 20;
 constexpr std::uint64_t kLargestCapacity = 1ULL << 46;
 // How many blocks one allocation looks at before it prefers to grow.
 constexpr std::uint32_t kRecentLooks = 3;
-constexpr std::uint32_t kCursorLooks = 6;
+constexpr std::uint32_t kTurnLooks = 6;
 constexpr std::uint32_t kReclaimLooks = 64;
 
 Ticks to_ticks(double seconds) {
@@ -140,9 +138,9 @@ Allocation Arena::allocate(ByteCount bytes) {
   if (grow(size)) return place_block(*space_.take(ByteCount{size}));
 
   (void)sweep_dead_peers();
-  if (auto range = reclaim(size, Reuse::kUnderPressure, kMaxBlocks)) return place_block(*range);
+  if (auto range = reclaim_oldest(size)) return place_block(*range);
   if (expire() != 0) {
-    if (auto range = reclaim(size, Reuse::kUnderPressure, kMaxBlocks)) return place_block(*range);
+    if (auto range = reclaim_oldest(size)) return place_block(*range);
   }
   // Everything idle is free now, though not in one piece: whole segments may make room for another shape.
   drop_empty_segments();
@@ -151,7 +149,7 @@ Allocation Arena::allocate(ByteCount bytes) {
 }
 
 std::optional<Allocation> Arena::allocate_without_growth(std::uint64_t size) {
-  if (const auto index = reuse_from_bin(size)) return hand_out(*index);
+  if (const auto index = reuse_same_size(size)) return hand_out(*index);
   if (const auto range = space_.take(ByteCount{size})) {
     // A table that is full of committed entries needs a system call for the next step.
     if (spare_entries_.empty() && books_.size() >= control().block_count()) {
@@ -160,7 +158,7 @@ std::optional<Allocation> Arena::allocate_without_growth(std::uint64_t size) {
     }
     return place_block(*range);
   }
-  if (const auto range = reclaim(size, Reuse::kPolite, kReclaimLooks)) return place_block(*range);
+  if (const auto range = reclaim_some(size)) return place_block(*range);
   return std::nullopt;
 }
 
@@ -175,45 +173,44 @@ bool Arena::may_reuse(std::uint32_t index, Reuse reuse, Ticks now) const {
   return ticks_since(block.place.last_use.load(std::memory_order_relaxed), now) >= reuse_delay_;
 }
 
-std::optional<std::uint32_t> Arena::reuse_from_bin(std::uint64_t size) {
-  const auto bin = bins_.find(size);
-  if (bin == bins_.end()) return std::nullopt;
-  List& list = bin->second;
+std::optional<std::uint32_t> Arena::reuse_same_size(std::uint64_t size) {
   const Ticks now = ticks_now();
   const auto try_block = [&](std::uint32_t index) {
     if (!may_reuse(index, Reuse::kPolite, now) || !retire(entry(index).state)) return false;
-    // To the tail: the next allocation of this size looks here first, while the bytes are in the cache.
-    unlink(list, &Book::in_bin, index);
-    link(list, &Book::in_bin, index);
-    unlink(age_, &Book::in_age, index);
-    link(age_, &Book::in_age, index);
+    // The next allocation of this size looks here first, while the bytes are in the cache.
+    lists_.renew(index);
     ++reused_;
     return true;
   };
-  std::uint32_t index = list.tail;
+  std::uint32_t index = lists_.youngest(size);
   for (std::uint32_t looks = 0; looks < kRecentLooks && index != kNoBlock; ++looks) {
     if (try_block(index)) return index;
-    index = books_[index].in_bin.previous;
+    index = lists_.next_older(index);
   }
-  for (std::uint32_t looks = 0; looks < kCursorLooks; ++looks) {
-    index = list.cursor == kNoBlock ? list.head : list.cursor;
-    if (index == kNoBlock) break;
-    list.cursor = books_[index].in_bin.next;
-    if (try_block(index)) return index;
+  for (std::uint32_t looks = 0; looks < kTurnLooks && index != kNoBlock; ++looks) {
+    index = lists_.in_turn(size);
+    if (index != kNoBlock && try_block(index)) return index;
   }
   return std::nullopt;
 }
 
-std::optional<Range> Arena::reclaim(std::uint64_t size, Reuse reuse, std::uint32_t limit) {
+std::optional<Range> Arena::reclaim_some(std::uint64_t size) {
   const Ticks now = ticks_now();
-  std::uint32_t index = reuse == Reuse::kPolite && age_.cursor != kNoBlock ? age_.cursor : age_.head;
-  for (std::uint32_t looks = 0; looks < limit && index != kNoBlock; ++looks) {
-    const std::uint32_t next = books_[index].in_age.next;
-    age_.cursor = next;
-    if (may_reuse(index, reuse, now) && retire_block(index)) {
-      if (auto range = space_.take(ByteCount{size})) return range;
-    }
-    index = next;
+  for (std::uint32_t looks = 0; looks < kReclaimLooks; ++looks) {
+    const std::uint32_t index = lists_.in_turn();
+    if (index == kNoBlock) break;
+    if (!may_reuse(index, Reuse::kPolite, now) || !retire_block(index)) continue;
+    if (auto range = space_.take(ByteCount{size})) return range;
+  }
+  return std::nullopt;
+}
+
+std::optional<Range> Arena::reclaim_oldest(std::uint64_t size) {
+  std::uint32_t next = kNoBlock;
+  for (std::uint32_t index = lists_.oldest(); index != kNoBlock; index = next) {
+    next = lists_.next_younger(index);
+    if (!may_reuse(index, Reuse::kUnderPressure, 0) || !retire_block(index)) continue;
+    if (auto range = space_.take(ByteCount{size})) return range;
   }
   return std::nullopt;
 }
@@ -226,10 +223,7 @@ bool Arena::retire_block(std::uint32_t index) {
 
 void Arena::free_block(std::uint32_t index) {
   Book& book = books_[index];
-  const auto bin = bins_.find(book.range.bytes);
-  unlink(bin->second, &Book::in_bin, index);
-  if (bin->second.head == kNoBlock) bins_.erase(bin);
-  unlink(age_, &Book::in_age, index);
+  lists_.remove(index);
   if (!book.key.empty()) keys_.erase(book.key);
   segments_[book.range.segment_slot].blocks.erase(book.range.offset);
   space_.give(book.range);
@@ -255,8 +249,7 @@ Allocation Arena::place_block(const Range& range) {
   Book& book = books_[index];
   book.live = true;
   book.range = range;
-  link(bins_[range.bytes], &Book::in_bin, index);
-  link(age_, &Book::in_age, index);
+  lists_.add(index, range.bytes);
   segments_[range.segment_slot].blocks.emplace(range.offset, index);
   BlockPlace& place = entry(index).place;
   // relaxed: nobody has a handle of this block's generation yet, and handles travel through a channel that orders.
@@ -470,39 +463,6 @@ std::optional<std::string> Arena::take_expiry_notice() {
   return std::exchange(expiry_notice_, std::nullopt);
 }
 
-Error Arena::full(std::uint64_t size, const std::string& reason) {
-  std::uint64_t own = 0;
-  std::uint64_t foreign = 0;
-  std::uint32_t waiting = 0;
-  std::uint64_t waiting_bytes = 0;
-  std::array<std::uint64_t, kMaxPeers> held{};
-  for (std::uint32_t index = 0; index < books_.size(); ++index) {
-    if (!books_[index].live) continue;
-    const std::uint64_t bytes = books_[index].range.bytes;
-    const std::uint64_t holds = entry(index).state.holds.load(std::memory_order_relaxed);  // a report
-    own += (holds & hold_bit(kOwnerSlot)) != 0 ? bytes : 0;
-    foreign += (holds & ~hold_bit(kOwnerSlot)) != 0 ? bytes : 0;
-    for (std::uint32_t peer = 1; peer < kMaxPeers; ++peer) {
-      if ((holds & hold_bit(PeerSlot{peer})) != 0) held[peer] += bytes;
-    }
-    if (holds == 0 && !is_idle(entry(index).state)) {
-      ++waiting;
-      waiting_bytes += bytes;
-    }
-  }
-  std::string who = "; held by this process " + human_bytes(own) + ", by its consumers " + human_bytes(foreign);
-  for (std::uint32_t peer = 1; peer < kMaxPeers; ++peer) {
-    if (held[peer] == 0) continue;
-    who += " (pid " + std::to_string(control().header().peers[peer].pid.load(std::memory_order_relaxed)) + ": " +
-           human_bytes(held[peer]) + ")";
-  }
-  who += ", by " + std::to_string(waiting) + " messages not loaded yet " + human_bytes(waiting_bytes);
-  return no_space_error(name(), size,
-                        reason + who +
-                            "; release handles and views, raise the capacity (SHMX_CAPACITY), or wait "
-                            "for room with timeout=");
-}
-
 std::optional<Arena::Keyed> Arena::find_key(const std::string& key) {
   const std::lock_guard guard(mutex_);
   require_open();
@@ -519,8 +479,7 @@ std::optional<Arena::Keyed> Arena::find_key(const std::string& key) {
                               Generation{state.generation.load(std::memory_order_seq_cst) & ~std::uint64_t{1}})
                         : std::nullopt;
   if (!hold) return std::nullopt;
-  unlink(age_, &Book::in_age, index);
-  link(age_, &Book::in_age, index);
+  lists_.renew(index);
   return Keyed{std::move(*hold), books_[index].description};
 }
 
@@ -580,51 +539,6 @@ void Arena::close() {
 void Arena::unlock_in_child() noexcept {
   closed_.store(true, std::memory_order_relaxed);
   mutex_.unlock();
-}
-
-ArenaStats Arena::stats() {
-  const std::lock_guard guard(mutex_);
-  ArenaStats stats{};
-  stats.name = name();
-  stats.capacity = options_.capacity;
-  stats.reserved = reserved_;
-  stats.largest_free = space_.largest();
-  std::uint64_t holders = 0;
-  for (std::uint32_t index = 0; index < books_.size(); ++index) {
-    if (!books_[index].live) continue;
-    const BlockState& state = entry(index).state;
-    const std::uint64_t holds = state.holds.load(std::memory_order_relaxed);  // relaxed here: a report
-    holders |= holds;
-    ++stats.blocks;
-    stats.held_blocks += holds != 0 ? 1 : 0;
-    stats.in_blocks += is_idle(state) ? 0 : books_[index].range.bytes;
-    for (const auto& cell : state.cells) {
-      stats.messages += MessageCell::unpack(cell.load(std::memory_order_relaxed)).remaining != 0 ? 1 : 0;
-    }
-  }
-  for (const Segment& segment : segments_) stats.segments += segment.id != 0 ? 1 : 0;
-  stats.peers = static_cast<std::uint32_t>(std::popcount(holders));
-  stats.published = published_;
-  stats.reused = reused_;
-  stats.swept = swept_;
-  stats.expired = expired_;
-  return stats;
-}
-
-void Arena::link(List& list, Links Book::* links, std::uint32_t index) {
-  Links& mine = books_[index].*links;
-  mine = {list.tail, kNoBlock};
-  if (list.tail != kNoBlock) (books_[list.tail].*links).next = index;
-  list.tail = index;
-  if (list.head == kNoBlock) list.head = index;
-}
-
-void Arena::unlink(List& list, Links Book::* links, std::uint32_t index) {
-  Links& mine = books_[index].*links;
-  (mine.previous == kNoBlock ? list.head : (books_[mine.previous].*links).next) = mine.next;
-  (mine.next == kNoBlock ? list.tail : (books_[mine.next].*links).previous) = mine.previous;
-  if (list.cursor == index) list.cursor = mine.next;
-  mine = {};
 }
 
 }  // namespace shmx

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "attachment.hpp"
+#include "block_lists.hpp"
 #include "block_state.hpp"
 #include "layout.hpp"
 #include "process.hpp"
@@ -105,22 +106,9 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   void unlock_in_child() noexcept override;
 
  private:
-  static constexpr std::uint32_t kNoBlock = UINT32_MAX;
-  // Intrusive list over books_; one per block size, and one over all blocks by age.
-  struct List {
-    std::uint32_t head = kNoBlock;
-    std::uint32_t tail = kNoBlock;
-    std::uint32_t cursor = kNoBlock;  // where the next look for an idle block starts
-  };
-  struct Links {
-    std::uint32_t previous = kNoBlock;
-    std::uint32_t next = kNoBlock;
-  };
   struct Book {
     bool live = false;
     Range range{};
-    Links in_bin;
-    Links in_age;
     std::string key;
     std::string description;
   };
@@ -138,8 +126,9 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   void require_open() const;
   [[nodiscard]] std::uint64_t checked_block_bytes(ByteCount bytes) const;
   [[nodiscard]] std::optional<Allocation> allocate_without_growth(std::uint64_t size);
-  [[nodiscard]] std::optional<std::uint32_t> reuse_from_bin(std::uint64_t size);
-  [[nodiscard]] std::optional<Range> reclaim(std::uint64_t size, Reuse reuse, std::uint32_t limit);
+  [[nodiscard]] std::optional<std::uint32_t> reuse_same_size(std::uint64_t size);
+  [[nodiscard]] std::optional<Range> reclaim_some(std::uint64_t size);
+  [[nodiscard]] std::optional<Range> reclaim_oldest(std::uint64_t size);
   [[nodiscard]] bool may_reuse(std::uint32_t index, Reuse reuse, Ticks now) const;
   bool retire_block(std::uint32_t index);
   void free_block(std::uint32_t index);
@@ -153,8 +142,6 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   std::uint32_t sweep_dead_peers();
   std::uint32_t expire();
   [[nodiscard]] Error full(std::uint64_t size, const std::string& reason);
-  void link(List& list, Links Book::* links, std::uint32_t index);
-  void unlink(List& list, Links Book::* links, std::uint32_t index);
   [[nodiscard]] ControlSegment& control() { return attachment_->control(); }
   [[nodiscard]] BlockEntry& entry(std::uint32_t index) const;
 
@@ -169,8 +156,7 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   std::mutex mutex_;  // held across system calls; all below is guarded by it
   std::vector<Book> books_;
   std::vector<std::uint32_t> spare_entries_;
-  std::unordered_map<std::uint64_t, List> bins_;
-  List age_;
+  BlockLists lists_;
   FreeSpace space_;
   std::vector<Segment> segments_;
   std::uint32_t next_segment_id_ = 1;

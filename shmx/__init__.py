@@ -16,7 +16,7 @@ if _sys.platform != "linux":
     raise ImportError(f"shmx runs on Linux only, not on {_sys.platform}: it needs /dev/shm and Linux file locks")
 
 # First, so that a missing torch says so itself.
-import torch as _torch  # noqa: F401, I001
+import torch as _torch  # noqa: F401
 
 from shmx._core import SharedTensor, readers
 from shmx.arena import Arena, attach, configure, default_arena, discard, empty, gc, share, stats, trim

@@ -1,0 +1,74 @@
+// What an arena says of itself: its statistics, and who holds what when it is full.
+#include <array>
+#include <bit>
+#include <cstdint>
+#include <string>
+
+#include "arena.hpp"
+#include "error.hpp"
+
+namespace shmx {
+
+Error Arena::full(std::uint64_t size, const std::string& reason) {
+  std::uint64_t own = 0;
+  std::uint64_t foreign = 0;
+  std::uint32_t waiting = 0;
+  std::uint64_t waiting_bytes = 0;
+  std::array<std::uint64_t, kMaxPeers> held{};
+  for (std::uint32_t index = 0; index < books_.size(); ++index) {
+    if (!books_[index].live) continue;
+    const std::uint64_t bytes = books_[index].range.bytes;
+    const std::uint64_t holds = entry(index).state.holds.load(std::memory_order_relaxed);  // a report
+    own += (holds & hold_bit(kOwnerSlot)) != 0 ? bytes : 0;
+    foreign += (holds & ~hold_bit(kOwnerSlot)) != 0 ? bytes : 0;
+    for (std::uint32_t peer = 1; peer < kMaxPeers; ++peer) {
+      if ((holds & hold_bit(PeerSlot{peer})) != 0) held[peer] += bytes;
+    }
+    if (holds == 0 && !is_idle(entry(index).state)) {
+      ++waiting;
+      waiting_bytes += bytes;
+    }
+  }
+  std::string who = "; held by this process " + human_bytes(own) + ", by its consumers " + human_bytes(foreign);
+  for (std::uint32_t peer = 1; peer < kMaxPeers; ++peer) {
+    if (held[peer] == 0) continue;
+    who += " (pid " + std::to_string(control().header().peers[peer].pid.load(std::memory_order_relaxed)) + ": " +
+           human_bytes(held[peer]) + ")";
+  }
+  who += ", by " + std::to_string(waiting) + " messages not loaded yet " + human_bytes(waiting_bytes);
+  return no_space_error(name(), size,
+                        reason + who +
+                            "; release handles and views, raise the capacity (SHMX_CAPACITY), or wait "
+                            "for room with timeout=");
+}
+
+ArenaStats Arena::stats() {
+  const std::lock_guard guard(mutex_);
+  ArenaStats stats{};
+  stats.name = name();
+  stats.capacity = options_.capacity;
+  stats.reserved = reserved_;
+  stats.largest_free = space_.largest();
+  std::uint64_t holders = 0;
+  for (std::uint32_t index = 0; index < books_.size(); ++index) {
+    if (!books_[index].live) continue;
+    const BlockState& state = entry(index).state;
+    const std::uint64_t holds = state.holds.load(std::memory_order_relaxed);  // relaxed here: a report
+    holders |= holds;
+    ++stats.blocks;
+    stats.held_blocks += holds != 0 ? 1 : 0;
+    stats.in_blocks += is_idle(state) ? 0 : books_[index].range.bytes;
+    for (const auto& cell : state.cells) {
+      stats.messages += MessageCell::unpack(cell.load(std::memory_order_relaxed)).remaining != 0 ? 1 : 0;
+    }
+  }
+  for (const Segment& segment : segments_) stats.segments += segment.id != 0 ? 1 : 0;
+  stats.peers = static_cast<std::uint32_t>(std::popcount(holders));
+  stats.published = published_;
+  stats.reused = reused_;
+  stats.swept = swept_;
+  stats.expired = expired_;
+  return stats;
+}
+
+}  // namespace shmx
