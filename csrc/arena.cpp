@@ -113,7 +113,8 @@ std::uint64_t Arena::checked_block_bytes(ByteCount bytes) const {
                          "the arena's capacity is " + human_bytes(options_.capacity) +
                              "; raise it (SHMX_CAPACITY or shmx.configure(capacity=...))");
   }
-  return block_bytes(value(bytes));
+  // A step beyond the capacity could never be had, though the tensor itself can.
+  return std::min(block_bytes(value(bytes)), options_.capacity);
 }
 
 std::optional<Allocation> Arena::try_allocate(ByteCount bytes) {
@@ -135,6 +136,9 @@ Allocation Arena::allocate(ByteCount bytes) {
       if (auto found = allocate_without_growth(size)) return std::move(*found);
     }
   }
+  make_entry(size);
+  // Room there may be already: what was missing was reserved memory for its entry.
+  if (const auto range = space_.take(ByteCount{size})) return place_block(*range);
   if (grow(size)) return place_block(*space_.take(ByteCount{size}));
 
   (void)sweep_dead_peers();
@@ -146,6 +150,14 @@ Allocation Arena::allocate(ByteCount bytes) {
   drop_empty_segments();
   if (grow(size)) return place_block(*space_.take(ByteCount{size}));
   throw full(size, growth_refusal_);
+}
+
+void Arena::make_entry(std::uint64_t size) {
+  if (!spare_entries_.empty() || books_.size() < kMaxBlocks) return;
+  for (std::uint32_t index = lists_.oldest(); index != kNoBlock; index = lists_.next_younger(index)) {
+    if (may_reuse(index, Reuse::kUnderPressure, 0) && retire_block(index)) return;
+  }
+  throw full(size, "all " + std::to_string(kMaxBlocks) + " blocks are in use");
 }
 
 std::optional<Allocation> Arena::allocate_without_growth(std::uint64_t size) {
@@ -300,7 +312,13 @@ bool Arena::grow(std::uint64_t size) {
       return false;
     }
     const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
-    commit(add_segment(std::max(options_.segment_bytes, round_up(size, page))), size);
+    const std::uint32_t slot = add_segment(std::max(options_.segment_bytes, round_up(size, page)));
+    try {
+      commit(slot, size);
+    } catch (...) {
+      drop_segment(slot);
+      throw;
+    }
     return true;
   } catch (const Error& error) {
     if (error.code() != ErrorCode::kArenaFull) throw;
@@ -385,22 +403,22 @@ bool Arena::may_contain(const void* address) const {
          where < highest_address_.load(std::memory_order_relaxed);
 }
 
-bool Arena::drop_empty_segments() {
-  bool dropped = false;
+void Arena::drop_segment(std::uint32_t slot) {
+  Segment& segment = segments_[slot];
+  space_.forget_segment(slot);
+  // release: peers unmap at their next call; nobody holds a block in it.
+  control().header().segments[slot].status.store(SegmentStatus::kDead, std::memory_order_release);
+  control().header().trim_count.fetch_add(1, std::memory_order_release);
+  unlink_segment(data_name(control().arena(), segment.id));
+  reserved_ -= segment.committed;
+  segment = Segment{};
+  attachment_->drop_dead_mappings();
+}
+
+void Arena::drop_empty_segments() {
   for (std::uint32_t slot = 0; slot < segments_.size(); ++slot) {
-    Segment& segment = segments_[slot];
-    if (segment.id == 0 || !segment.blocks.empty()) continue;
-    space_.forget_segment(slot);
-    // release: peers unmap at their next call; nobody holds a block in it.
-    control().header().segments[slot].status.store(SegmentStatus::kDead, std::memory_order_release);
-    control().header().trim_count.fetch_add(1, std::memory_order_release);
-    unlink_segment(data_name(control().arena(), segment.id));
-    reserved_ -= segment.committed;
-    segment = Segment{};
-    dropped = true;
+    if (segments_[slot].id != 0 && segments_[slot].blocks.empty()) drop_segment(slot);
   }
-  if (dropped) attachment_->drop_dead_mappings();
-  return dropped;
 }
 
 std::uint64_t Arena::trim() {

@@ -125,6 +125,8 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
 
   void require_open() const;
   [[nodiscard]] std::uint64_t checked_block_bytes(ByteCount bytes) const;
+  // Makes sure that a block can get an entry of the table, if need be that of an idle block.
+  void make_entry(std::uint64_t size);
   [[nodiscard]] std::optional<Allocation> allocate_without_growth(std::uint64_t size);
   [[nodiscard]] std::optional<std::uint32_t> reuse_same_size(std::uint64_t size);
   [[nodiscard]] std::optional<Range> reclaim_some(std::uint64_t size);
@@ -138,7 +140,8 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   void commit(std::uint32_t slot, std::uint64_t bytes);
   std::uint32_t add_segment(std::uint64_t bytes);
   void note_addresses(const std::byte* base, std::uint64_t bytes);
-  bool drop_empty_segments();
+  void drop_segment(std::uint32_t slot);
+  void drop_empty_segments();
   std::uint32_t sweep_dead_peers();
   std::uint32_t expire();
   [[nodiscard]] Error full(std::uint64_t size, const std::string& reason);

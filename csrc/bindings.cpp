@@ -29,6 +29,30 @@ namespace py = pybind11;
 
 namespace shmx {
 namespace {
+class SharedTensor;
+}  // namespace
+}  // namespace shmx
+
+// An object whose __init__ failed or never ran is refused like one of another type. By itself pybind11 would hand the
+// method memory that was never constructed.
+namespace pybind11::detail {
+template <typename Class>
+class initialized_caster : public type_caster_base<Class> {
+ public:
+  bool load(handle source, bool convert) {
+    if (!type_caster_base<Class>::load(source, convert)) return false;
+    auto* object = reinterpret_cast<instance*>(source.ptr());
+    return object->get_value_and_holder(get_type_info(typeid(Class))).holder_constructed();
+  }
+};
+template <>
+class type_caster<shmx::SharedTensor> : public initialized_caster<shmx::SharedTensor> {};
+template <>
+class type_caster<shmx::Arena> : public initialized_caster<shmx::Arena> {};
+}  // namespace pybind11::detail
+
+namespace shmx {
+namespace {
 
 constexpr std::uint64_t kCopyWithoutGil = 64U << 10;
 
@@ -344,7 +368,9 @@ class SharedTensor {
       const Hold hold = handle_.require().share();
       const std::byte* data = map(hold) + meta().offset;
       auto* target = reinterpret_cast<void*>(destination.attr("data_ptr")().cast<std::uintptr_t>());
-      copy_tensor_bytes(target, data, meta().elements() * info(meta().dtype).bytes);
+      const std::uint64_t bytes = nbytes();
+      if (target == nullptr && bytes != 0) throw py::type_error("the destination has no memory behind it");
+      copy_tensor_bytes(target, data, bytes);
     } else {
       destination.attr("copy_")(view());
     }
@@ -398,16 +424,21 @@ class SharedTensor {
 
 // ---- Arena
 
-std::shared_ptr<Arena> make_arena(std::optional<std::int64_t> capacity, std::optional<std::int64_t> segment_bytes,
+std::uint64_t positive_bytes(const py::int_& number, const char* name) {
+  const std::uint64_t bytes = PyLong_AsUnsignedLongLong(number.ptr());
+  if (PyErr_Occurred() != nullptr || bytes == 0) {
+    PyErr_Clear();
+    throw py::value_error(std::string(name) + " is a positive number of bytes of at most 64 TiB, not " +
+                          py::str(number).cast<std::string>());
+  }
+  return bytes;
+}
+
+std::shared_ptr<Arena> make_arena(const std::optional<py::int_>& capacity, const std::optional<py::int_>& segment_bytes,
                                   std::optional<double> ticket_ttl, std::optional<double> reuse_delay, bool scrub) {
   ArenaOptions options;
-  const auto positive = [](std::int64_t number, const char* name) {
-    if (number <= 0)
-      throw py::value_error(std::string(name) + " is a positive number of bytes, not " + std::to_string(number));
-    return static_cast<std::uint64_t>(number);
-  };
-  if (capacity) options.capacity = positive(*capacity, "capacity");
-  if (segment_bytes) options.segment_bytes = positive(*segment_bytes, "segment_bytes");
+  if (capacity) options.capacity = positive_bytes(*capacity, "capacity");
+  if (segment_bytes) options.segment_bytes = positive_bytes(*segment_bytes, "segment_bytes");
   if (ticket_ttl) options.ticket_ttl = *ticket_ttl;
   if (reuse_delay) options.reuse_delay = *reuse_delay;
   options.scrub = scrub;
@@ -488,16 +519,26 @@ std::optional<SharedTensor> share_in_place(Arena& arena, const void* data, const
   return SharedTensor(Handle(std::move(placed), std::move(located->hold)));
 }
 
-SharedTensor share_tensor(Arena& arena, const py::object& tensor, std::optional<double> timeout) {
-  TensorMeta meta;
-  meta.dtype = dtype_of(get(tensor, torch->dtype));
-  const bool on_cpu = get(tensor, torch->is_cpu).cast<bool>();
+// Refuses what cannot be shared; answers the dtype of what can.
+Dtype checked_dtype(const py::object& tensor) {
+  if (!py::isinstance(tensor, torch->tensor_type)) {
+    throw py::type_error("share takes a torch.Tensor, not " + py::str(py::type::of(tensor)).cast<std::string>() +
+                         "; use torch.from_numpy or torch.as_tensor first");
+  }
+  const Dtype dtype = dtype_of(get(tensor, torch->dtype));
   if (!get(tensor, torch->layout).is(torch->strided) || get(tensor, torch->is_meta).cast<bool>()) {
     throw py::type_error("shmx shares dense tensors with data, not " +
                          py::str(get(tensor, torch->layout)).cast<std::string>() +
                          (get(tensor, torch->is_meta).cast<bool>() ? " on the meta device" : "") +
                          "; convert it first (to_dense(), or share its parts)");
   }
+  return dtype;
+}
+
+SharedTensor share_tensor(Arena& arena, const py::object& tensor, Dtype dtype, std::optional<double> timeout) {
+  TensorMeta meta;
+  meta.dtype = dtype;
+  const bool on_cpu = get(tensor, torch->is_cpu).cast<bool>();
   dlpack::Tensor dl{};
   if (on_cpu) {
     if (torch->exchange->tensor_from_object(tensor.ptr(), &dl) != 0) throw py::error_already_set();
@@ -517,6 +558,11 @@ SharedTensor share_tensor(Arena& arena, const py::object& tensor, std::optional<
       step *= dl.shape[i];
     }
   }
+  if (dl.data == nullptr && bytes != 0) {
+    throw py::type_error(
+        "this tensor has no memory behind it (a fake tensor, or one whose storage was freed); share one "
+        "with data");
+  }
   const auto* data = static_cast<const std::byte*>(dl.data) + dl.byte_offset;
   if (!contiguous) meta.strides.assign(dl.strides, dl.strides + dl.ndim);
   if (bytes != 0) {
@@ -533,11 +579,8 @@ SharedTensor share_tensor(Arena& arena, const py::object& tensor, std::optional<
 
 SharedTensor arena_share(Arena& arena, const py::object& tensor, const std::optional<std::string>& key,
                          std::optional<double> timeout) {
-  if (!py::isinstance(tensor, torch->tensor_type)) {
-    throw py::type_error("share takes a torch.Tensor, not " + py::str(py::type::of(tensor)).cast<std::string>() +
-                         "; use torch.from_numpy or torch.as_tensor first");
-  }
-  if (!key) return share_tensor(arena, tensor, timeout);
+  const Dtype dtype = checked_dtype(tensor);
+  if (!key) return share_tensor(arena, tensor, dtype, timeout);
   if (key->empty()) throw py::value_error("key is a string that is not empty");
   std::optional<Arena::Keyed> known;
   {
@@ -546,15 +589,14 @@ SharedTensor arena_share(Arena& arena, const py::object& tensor, const std::opti
   }
   if (known) {
     TensorMeta meta = decode_handle(known->description).meta;
-    if (meta.shape != get(tensor, torch->shape).cast<std::vector<std::int64_t>>() ||
-        !dtype_object(meta.dtype).is(get(tensor, torch->dtype))) {
+    if (meta.shape != get(tensor, torch->shape).cast<std::vector<std::int64_t>>() || meta.dtype != dtype) {
       throw py::value_error("key '" + *key +
                             "' is taken by a tensor of another shape or dtype; a key names content, "
                             "so give different content a different key");
     }
     return SharedTensor(Handle(std::move(meta), std::move(known->hold)));
   }
-  SharedTensor shared = share_tensor(arena, tensor, timeout);
+  SharedTensor shared = share_tensor(arena, tensor, dtype, timeout);
   {
     const py::gil_scoped_release released;
     arena.note_key(*key, shared.handle().require(), describe_key(shared.handle().meta()));

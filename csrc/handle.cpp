@@ -24,12 +24,21 @@ Error carried(const HandleState& state) {
     case ErrorCode::kReleased:
       return {ErrorCode::kReleased, "this handle of " + name + " was released before it was pickled; pickle it first"};
     case ErrorCode::kStaleHandle:
-      return {ErrorCode::kStaleHandle, "this handle of " + name + " was stale or revoked when it was pickled"};
+      return {ErrorCode::kStaleHandle, "this handle of " + name +
+                                           " was stale or revoked when it was pickled; announce every load "
+                                           "(shmx.readers(n)), or send the tensor again"};
     case ErrorCode::kForeignHost:
       return foreign_host(state);
+    case ErrorCode::kTooManyPeers:
+      return {ErrorCode::kTooManyPeers,
+              "the process that pickled this handle of " + name + " had found no free peer slot; use fewer consumers",
+              EUSERS};
     default:
-      return {state.reason, "this handle of " + name + " had lost its data before it was pickled", ENOENT};
+      break;
   }
+  const int system_errno = state.reason == ErrorCode::kArenaFull ? ENOSPC : ENOENT;
+  return {state.reason, "this handle of " + name + " had lost its data before it was pickled; send the tensor again",
+          system_errno};
 }
 
 }  // namespace
@@ -80,7 +89,7 @@ Handle Handle::load(const HandleState& state) {
 }
 
 Handle Handle::share() const {
-  if (hold_.held()) return {meta_, hold_.share()};
+  if (available()) return {meta_, hold_.share()};
   Handle copy(meta_, *failure());
   copy.origin_ = origin_;
   return copy;
@@ -88,12 +97,18 @@ Handle Handle::share() const {
 
 const Hold& Handle::require() const {
   if (auto failure = this->failure()) throw std::move(*failure);
-  hold_.attachment().require_usable();
   return hold_;
 }
 
 std::optional<Error> Handle::failure() const {
-  if (hold_.held()) return std::nullopt;
+  if (hold_.held()) {
+    if (hold_.attachment().usable()) return std::nullopt;
+    try {
+      hold_.attachment().require_usable();
+    } catch (const Error& error) {
+      return error;
+    }
+  }
   if (failure_) return failure_;
   return Error(ErrorCode::kReleased, "this handle of arena " + control_name(origin_.arena) +
                                          " was released; take views and copies before release()");
@@ -105,8 +120,7 @@ std::string Handle::to_bytes(Readers readers, std::optional<SentMessage>& sent) 
   HandleState state = origin_;
   state.meta = meta_;
   if (!available()) {
-    const auto failure = this->failure();
-    state.reason = failure ? failure->code() : ErrorCode::kSegmentLost;
+    state.reason = failure()->code();
     return encode_handle(state);
   }
   BlockEntry& block = hold_.attachment().control().block(hold_.block());

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from dataclasses import dataclass, fields
 
@@ -12,21 +13,31 @@ _FALSE = {"0", "false", "no", "off", ""}
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
+_LEAST_BYTES = mmap.PAGESIZE
+_MOST_BYTES = 1 << 46
+
+
 def _bytes(name: str, text: str) -> int:
     number, unit = text.strip().lower().removesuffix("ib").removesuffix("b"), 1
     if number and number[-1] in _UNITS:
         number, unit = number[:-1], _UNITS[number[-1]]
     try:
-        return int(float(number) * unit) if "." in number else int(number) * unit
-    except ValueError:
+        size = int(float(number) * unit) if "." in number else int(number) * unit
+    except (ValueError, OverflowError):
         raise ValueError(f"{name}={text!r} is not a size; give bytes, or a number with KiB, MiB or GiB") from None
+    if not _LEAST_BYTES <= size <= _MOST_BYTES:
+        raise ValueError(f"{name}={text!r} is out of range; give a size between {_LEAST_BYTES} bytes and 64 TiB")
+    return size
 
 
 def _seconds(name: str, text: str) -> float:
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
         raise ValueError(f"{name}={text!r} is not a number of seconds") from None
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"{name}={text!r} is out of range; give seconds, 0 or more")
+    return seconds
 
 
 def _flag(name: str, text: str) -> bool:
