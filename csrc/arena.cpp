@@ -58,6 +58,7 @@ std::shared_ptr<Arena> Arena::create(ArenaOptions options) {
     auto control = ControlSegment::create(id, {options.capacity, to_ticks(options.ticket_ttl)});
     const std::string name = control.name();
     try {
+      const std::lock_guard guard(attach_mutex());
       // A reaper that came upon the name before it was locked has removed it: take another one.
       std::optional<PeerLock> lock;
       try {
@@ -458,7 +459,7 @@ std::uint32_t Arena::expire() {
     if (here != 0 && !expiry_noticed_) {
       expiry_noticed_ = true;
       expiry_notice_ = "arena " + name() + " needed room and gave up a message that nobody loaded for " +
-                       std::to_string(static_cast<std::uint64_t>(options_.ticket_ttl)) + " s (block " +
+                       std::to_string(ttl_ / kTicksPerSecond) + " s (block " +
                        std::to_string(index) + ", " + human_bytes(books_[index].range.bytes) +
                        "); announce only loads that happen, discard() what is not sent, or raise SHMX_TICKET_TTL";
     }

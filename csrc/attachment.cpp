@@ -12,13 +12,10 @@
 namespace shmx {
 namespace {
 
-Access peer_access() {
-  static const Access access = [] {
-    const char* flag = std::getenv("SHMX_READONLY");
-    return flag != nullptr && std::string(flag) == "1" ? Access::kReadOnly : Access::kReadWrite;
-  }();
-  return access;
-}
+// relaxed throughout: set when the package is imported, before anything is mapped.
+std::atomic<Access> chosen_access{Access::kReadWrite};
+
+Access peer_access() { return chosen_access.load(std::memory_order_relaxed); }
 
 Error lost(const std::string& name) {
   return {ErrorCode::kSegmentLost,
@@ -27,6 +24,8 @@ Error lost(const std::string& name) {
 }
 
 }  // namespace
+
+void set_peer_access(Access access) { chosen_access.store(access, std::memory_order_relaxed); }
 
 Hold& Hold::operator=(Hold&& other) noexcept {
   if (this != &other) {
@@ -383,6 +382,10 @@ bool Attachment::child_after_fork() noexcept {
   if (plan != ForkPlan::kJoins) {
     inert_.store(true, std::memory_order_relaxed);
     left_out_of_fork_.store(plan == ForkPlan::kLeftOut, std::memory_order_relaxed);
+    if (plan == ForkPlan::kLeftOut) {
+      // MADV_DONTFORK left holes there, which something else may fill.
+      for (std::uint32_t slot = 0; slot < kMaxSegments; ++slot) segments_[slot].mapping.forget();
+    }
     return false;
   }
   lock_ = std::move(child_lock_);

@@ -53,6 +53,9 @@ class Hold {
   Generation generation_{};
 };
 
+// How segments of other processes' arenas are mapped from now on.
+void set_peer_access(Access access);
+
 class Attachment : public std::enable_shared_from_this<Attachment> {
  public:
   // Joins an existing arena. Throws SegmentLost, TooManyPeers, InvalidHandle.

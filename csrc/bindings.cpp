@@ -7,6 +7,7 @@
 
 #include <array>
 #include <chrono>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <string>
@@ -30,6 +31,7 @@ namespace py = pybind11;
 namespace shmx {
 namespace {
 class SharedTensor;
+class ReadersContext;
 }  // namespace
 }  // namespace shmx
 
@@ -47,6 +49,8 @@ class initialized_caster : public type_caster_base<Class> {
 };
 template <>
 class type_caster<shmx::SharedTensor> : public initialized_caster<shmx::SharedTensor> {};
+template <>
+class type_caster<shmx::ReadersContext> : public initialized_caster<shmx::ReadersContext> {};
 template <>
 class type_caster<shmx::Arena> : public initialized_caster<shmx::Arena> {};
 }  // namespace pybind11::detail
@@ -172,10 +176,11 @@ py::object make_tensor(std::byte* data, const TensorMeta& meta, Owner owner) {
   auto managed = std::make_unique<Managed>(Managed{{}, std::move(owner), meta.shape, meta.strides});
   if (managed->strides.empty()) {
     managed->strides.resize(managed->shape.size());
-    std::int64_t step = 1;
+    // Unsigned: beside a size of 0 the others may multiply beyond any number.
+    std::uint64_t step = 1;
     for (std::size_t i = managed->shape.size(); i-- > 0;) {
-      managed->strides[i] = step;
-      step *= std::max<std::int64_t>(managed->shape[i], 1);
+      managed->strides[i] = static_cast<std::int64_t>(step);
+      step *= static_cast<std::uint64_t>(std::max<std::int64_t>(managed->shape[i], 1));
     }
   }
   const DtypeInfo& dtype = info(meta.dtype);
@@ -221,18 +226,27 @@ void copy_tensor_bytes(void* destination, const void* source, std::uint64_t byte
   copy_bytes(destination, source, bytes);
 }
 
+// The content of bytes, a bytearray or a memoryview.
+std::string contiguous_bytes(const py::buffer& data) {
+  const py::object bytes = py::reinterpret_steal<py::object>(PyBytes_FromObject(data.ptr()));
+  if (!bytes) throw py::error_already_set();
+  return std::string(std::string_view(py::reinterpret_borrow<py::bytes>(bytes)));
+}
+
 // ---- readers(n)
 
 // The context of `with shmx.readers(n)`; a context variable, so that tasks of one event loop do not see each
 // other's.
 class ReadersContext {
  public:
-  explicit ReadersContext(std::int64_t count) : count_(checked(count)) {}
+  explicit ReadersContext(const py::int_& count) : count_(checked(count)) {}
 
-  static std::uint32_t checked(std::int64_t count) {
-    if (count < 0 || count > MessageCell::kMaxReaders) {
+  static std::uint32_t checked(const py::int_& number) {
+    int overflow = 0;
+    const std::int64_t count = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+    if (overflow != 0 || count < 0 || count > MessageCell::kMaxReaders) {
       throw py::value_error("readers must lie between 0 and " + std::to_string(MessageCell::kMaxReaders) + ", not " +
-                            std::to_string(count));
+                            py::str(number).cast<std::string>());
     }
     return static_cast<std::uint32_t>(count);
   }
@@ -304,7 +318,7 @@ class SharedTensor {
     return bytes;
   }
 
-  [[nodiscard]] SharedTensor with_readers(std::int64_t count) const {
+  [[nodiscard]] SharedTensor with_readers(const py::int_& count) const {
     SharedTensor bound(handle_.share());
     bound.bound_readers_ = ReadersContext::checked(count);
     return bound;
@@ -377,6 +391,18 @@ class SharedTensor {
     return destination;
   }
 
+  // numpy's protocol: `copy` is None (if need be), True or False (never).
+  [[nodiscard]] py::object array(const py::object& dtype, const py::object& copy) const {
+    const py::object array = view().attr("numpy")();
+    const py::object own = array.attr("dtype");
+    const bool converts = !dtype.is_none() && !own.equal(dtype);
+    const bool copies = !copy.is_none() && copy.cast<bool>();
+    if (converts && !copies && !copy.is_none()) {
+      throw py::value_error("another dtype needs a copy, and copy=False forbids one");
+    }
+    return converts || copies ? array.attr("astype")(dtype.is_none() ? own : dtype) : array;
+  }
+
   void release() { handle_.release(); }
   void revoke();
 
@@ -447,6 +473,7 @@ std::shared_ptr<Arena> make_arena(const std::optional<py::int_>& capacity, const
 }
 
 Allocation allocate(Arena& arena, std::uint64_t bytes, std::optional<double> timeout) {
+  if (timeout && std::isnan(*timeout)) throw py::value_error("timeout is a number of seconds, or None");
   if (auto found = arena.try_allocate(ByteCount{bytes})) return std::move(*found);
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout.value_or(0));
   for (auto pause = std::chrono::microseconds(50);; pause = std::min(2 * pause, std::chrono::microseconds(5000))) {
@@ -478,6 +505,9 @@ std::uint64_t checked_bytes(const TensorMeta& meta) {
   std::uint64_t bytes = info(meta.dtype).bytes;
   for (const std::int64_t size : meta.shape) {
     if (size < 0) throw py::value_error("a tensor has no negative size: " + std::to_string(size));
+    if (size == 0) bytes = 0;
+  }
+  for (const std::int64_t size : meta.shape) {
     if (__builtin_mul_overflow(bytes, static_cast<std::uint64_t>(size), &bytes)) {
       throw Error(ErrorCode::kArenaFull, "no arena holds a tensor of more than 2^64 bytes", ENOSPC);
     }
@@ -541,7 +571,10 @@ SharedTensor share_tensor(Arena& arena, const py::object& tensor, Dtype dtype, s
   const bool on_cpu = get(tensor, torch->is_cpu).cast<bool>();
   dlpack::Tensor dl{};
   if (on_cpu) {
-    if (torch->exchange->tensor_from_object(tensor.ptr(), &dl) != 0) throw py::error_already_set();
+    if (torch->exchange->tensor_from_object(tensor.ptr(), &dl) != 0) {
+      const py::error_already_set refused;
+      throw py::type_error(std::string("this tensor has no plain memory to share: ") + refused.what());
+    }
     meta.shape.assign(dl.shape, dl.shape + dl.ndim);
   } else {
     meta.shape = get(tensor, torch->shape).cast<std::vector<std::int64_t>>();
@@ -564,7 +597,13 @@ SharedTensor share_tensor(Arena& arena, const py::object& tensor, Dtype dtype, s
         "with data");
   }
   const auto* data = static_cast<const std::byte*>(dl.data) + dl.byte_offset;
-  if (!contiguous) meta.strides.assign(dl.strides, dl.strides + dl.ndim);
+  if (!contiguous) {
+    meta.strides.assign(dl.strides, dl.strides + dl.ndim);
+    // The stride of a dimension of size 1 is never stepped, and may be any number.
+    for (std::size_t i = 0; i < meta.shape.size(); ++i) {
+      if (meta.shape[i] == 1) meta.strides[i] = 1;
+    }
+  }
   if (bytes != 0) {
     if (auto shared = share_in_place(arena, data, meta)) return std::move(*shared);
   }
@@ -688,8 +727,8 @@ bool discard_text(const std::string& text) {
   return discard(state);
 }
 
-bool discard_bytes(const py::bytes& bytes) {
-  const HandleState state = decode_handle(std::string_view(bytes));
+bool discard_bytes(const py::buffer& data) {
+  const HandleState state = decode_handle(contiguous_bytes(data));
   const py::gil_scoped_release released;
   return discard(state);
 }
@@ -707,11 +746,13 @@ PYBIND11_MODULE(_core, module) {
   load_torch();
 
   py::class_<ReadersContext>(module, "readers", doc::kReaders)
-      .def(py::init<std::int64_t>(), "n"_a)
+      .def(py::init<const py::int_&>(), "n"_a)
       .def("__enter__",
-           [](const py::object& self) {
-             self.cast<ReadersContext&>().enter(self);
-             return self;
+           [](ReadersContext& self) {
+             // The object that exists already, not another one.
+             py::object object = py::cast(&self, py::return_value_policy::reference);
+             self.enter(object);
+             return object;
            })
       .def("__exit__",
            [](ReadersContext& self, const py::object& type, const py::object&, const py::object&) { self.exit(type); });
@@ -727,7 +768,7 @@ PYBIND11_MODULE(_core, module) {
       .def(
           "to_bytes", [](const SharedTensor& self) { return py::bytes(self.to_bytes()); }, doc::kToBytes)
       .def_static(
-          "from_bytes", [](const py::bytes& bytes) { return SharedTensor::from_bytes(std::string_view(bytes)); },
+          "from_bytes", [](const py::buffer& data) { return SharedTensor::from_bytes(contiguous_bytes(data)); },
           "data"_a, doc::kFromBytes)
       .def("with_readers", &SharedTensor::with_readers, "n"_a, doc::kWithReaders)
       .def("view", &SharedTensor::view, doc::kView)
@@ -739,8 +780,7 @@ PYBIND11_MODULE(_core, module) {
       .def(
           "numpy", [](const SharedTensor& self) { return self.view().attr("numpy")(); },
           "Zero-copy ``numpy.ndarray`` of the shared pages; as :meth:`view`.")
-      .def("__array__", [](const SharedTensor& self, const py::args& args,
-                           const py::kwargs& kwargs) { return self.view().attr("__array__")(*args, **kwargs); })
+      .def("__array__", &SharedTensor::array, "dtype"_a = py::none(), py::kw_only(), "copy"_a = py::none())
       .def("__dlpack__",
            [](const SharedTensor& self, const py::kwargs& kwargs) { return self.view().attr("__dlpack__")(**kwargs); })
       .def("__dlpack_device__", [](const SharedTensor&) { return py::make_tuple(dlpack::kCpu, 0); })
@@ -780,6 +820,8 @@ PYBIND11_MODULE(_core, module) {
   module.def("reap", &reap_all_arenas, py::kw_only(), "force"_a = false);
   module.def("leave_all", &leave_all, py::call_guard<py::gil_scoped_release>());
   module.def("set_pool_limit", [](std::uint64_t bytes) { DestinationPool::instance().set_limit(bytes); }, "bytes"_a);
+  module.def("set_non_temporal_threshold", &set_non_temporal_threshold, "bytes"_a);
+  module.def("set_read_only", [](bool on) { set_peer_access(on ? Access::kReadOnly : Access::kReadWrite); }, "on"_a);
   module.def("clear_pool", [] { DestinationPool::instance().clear(); });
   module.def("pool_bytes", [] { return DestinationPool::instance().kept_bytes(); });
   module.def("attached", [] {

@@ -62,14 +62,18 @@ std::optional<ControlSegment> ControlSegment::open(ArenaId arena) {
   const ControlHeader& header = control.header();
   // acquire: pairs with publish(); the fields below are complete once the magic is there.
   magic = header.magic.load(std::memory_order_acquire);
-  if (magic != kMagic || header.layout_version != kLayoutVersion || facts.bytes != kControlBytes) {
+  if (magic == kMagic && header.layout_version != kLayoutVersion) {
     throw Error(ErrorCode::kInvalidHandle, "arena " + name + " has layout version " +
                                                std::to_string(header.layout_version) + ", this shmx reads " +
                                                std::to_string(kLayoutVersion) +
                                                "; run the same shmx version in all processes");
   }
-  if (header.arena_id != value(arena) || header.header_bytes != kHeaderBytes || header.max_blocks != kMaxBlocks) {
-    throw Error(ErrorCode::kInvalidHandle, "arena " + name + " has a damaged header; remove it with `shmx gc`");
+  if (magic != kMagic || facts.bytes != kControlBytes || header.arena_id != value(arena) ||
+      header.header_bytes != kHeaderBytes || header.max_blocks != kMaxBlocks) {
+    throw Error(ErrorCode::kInvalidHandle,
+                "arena " + name +
+                    " is damaged: its control segment was cut or overwritten by something other "
+                    "than shmx; restart the process that owns it, or remove its files from /dev/shm");
   }
   return control;
 }

@@ -6,7 +6,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -140,13 +139,20 @@ std::size_t measure_threshold() {
 
 }  // namespace
 
+namespace {
+constexpr std::size_t kNotSet = 0;
+std::atomic<std::size_t> set_threshold{kNotSet};
+}  // namespace
+
+void set_non_temporal_threshold(std::size_t bytes) {
+  // relaxed: a number by itself; a copy that misses it is slower, not wrong.
+  set_threshold.store(std::max<std::size_t>(bytes, 1), std::memory_order_relaxed);
+}
+
 std::size_t non_temporal_threshold() {
-  static const std::size_t threshold = [] {
-    if (const char* text = std::getenv("SHMX_NT_THRESHOLD"))
-      return static_cast<std::size_t>(std::strtoull(text, nullptr, 10));
-    return measure_threshold();
-  }();
-  return threshold;
+  if (const std::size_t chosen = set_threshold.load(std::memory_order_relaxed); chosen != kNotSet) return chosen;
+  static const std::size_t measured = measure_threshold();
+  return measured;
 }
 
 const char* non_temporal_kind() { return streaming().kind; }

@@ -10,8 +10,9 @@ namespace shmx {
 void copy_bytes(void* destination, const void* source, std::size_t bytes);
 
 // From this size on copies use non-temporal stores. Measured once per process, on the first question, in some
-// milliseconds; SHMX_NT_THRESHOLD (bytes) sets it instead. SIZE_MAX where the processor has none.
+// milliseconds, unless it was set before. SIZE_MAX where the processor has none.
 [[nodiscard]] std::size_t non_temporal_threshold();
+void set_non_temporal_threshold(std::size_t bytes);
 
 // The two ways, for the measurement and for benchmarks.
 void copy_plain(void* destination, const void* source, std::size_t bytes);

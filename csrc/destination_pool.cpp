@@ -46,10 +46,7 @@ DestinationPool& DestinationPool::instance() {
   return *pool;
 }
 
-DestinationPool::DestinationPool() : limit_(kDefaultLimit) {
-  if (const char* text = std::getenv("SHMX_POOL_BYTES")) limit_ = std::strtoull(text, nullptr, 10);
-  take_part_in_forks();
-}
+DestinationPool::DestinationPool() : limit_(kDefaultLimit) { take_part_in_forks(); }
 
 std::byte* DestinationPool::take(std::size_t bytes) {
   if (bytes < kSmallest) {

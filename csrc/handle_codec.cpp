@@ -74,9 +74,9 @@ class Reader {
     }
     throw invalid("a number is too large");
   }
-  std::int64_t bounded() {
+  std::int64_t bounded(std::uint64_t largest) {
     const std::uint64_t number = varint();
-    if (number > kLargestBytes) throw invalid("a size is out of range");
+    if (number > largest) throw invalid("a size is out of range");
     return static_cast<std::int64_t>(number);
   }
   [[nodiscard]] bool done() const { return position_ == bytes_.size(); }
@@ -87,17 +87,17 @@ class Reader {
 };
 
 void check_extents(const TensorMeta& meta) {
-  bool has_elements = true;
-  for (const std::int64_t size : meta.shape) has_elements = has_elements && size != 0;
-  // With a zero among the sizes, the others may be anything that a tensor library accepts.
+  // With a zero among the sizes there are no bytes, and the other sizes may be anything that a tensor can have.
+  for (const std::int64_t size : meta.shape) {
+    if (size == 0) return;
+  }
   std::uint64_t elements = 1;
   for (const std::int64_t size : meta.shape) {
-    if (size != 0 && __builtin_mul_overflow(elements, static_cast<std::uint64_t>(size), &elements)) {
+    if (__builtin_mul_overflow(elements, static_cast<std::uint64_t>(size), &elements) || elements > kLargestBytes) {
       throw invalid("its shape is out of range");
     }
   }
-  if (elements > kLargestBytes) throw invalid("its shape is out of range");
-  if (has_elements && meta.end() > kLargestBytes) throw invalid("its shape is out of range");
+  if (meta.end() > kLargestBytes) throw invalid("its shape is out of range");
 }
 
 }  // namespace
@@ -178,22 +178,25 @@ HandleState decode_handle(std::string_view bytes) {
     if (cell >= kMessageCells || tag > MessageCell::kTagMask) throw invalid("its message is out of range");
     state.message = MessageId{cell, static_cast<std::uint32_t>(tag)};
   }
-  state.meta.offset = static_cast<std::uint64_t>(in.bounded());
+  state.meta.offset = static_cast<std::uint64_t>(in.bounded(kLargestBytes));
   const std::uint8_t dtype = in.byte();
   if (dtype >= kDtypes.size()) throw invalid("its dtype is unknown");
   state.meta.dtype = Dtype{dtype};
   const std::uint8_t dimensions = in.byte();
   if (dimensions > kMaxDimensions) throw invalid("it has too many dimensions");
   state.meta.shape.resize(dimensions);
-  for (std::int64_t& size : state.meta.shape) size = in.bounded();
+  for (std::int64_t& size : state.meta.shape) size = in.bounded(INT64_MAX);
   if ((flags & kHasStrides) != 0) {
     if (dimensions == 0) throw invalid("it has strides without dimensions");
     state.meta.strides.resize(dimensions);
-    for (std::int64_t& stride : state.meta.strides) stride = in.bounded();
+    for (std::int64_t& stride : state.meta.strides) stride = in.bounded(kLargestBytes);
   }
   if ((flags & kHasReason) != 0) {
     const std::uint8_t reason = in.byte();
-    if (reason == 0 || reason > static_cast<std::uint8_t>(ErrorCode::kSystem)) throw invalid("its reason is unknown");
+    if (reason == 0 || reason > static_cast<std::uint8_t>(ErrorCode::kSystem) ||
+        reason == static_cast<std::uint8_t>(ErrorCode::kInvalidArgument)) {
+      throw invalid("its reason is unknown");
+    }
     state.reason = static_cast<ErrorCode>(reason);
   }
   if (!in.done()) throw invalid("it has bytes left over");

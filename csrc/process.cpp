@@ -109,6 +109,8 @@ AllBlockLocks::~AllBlockLocks() {
   for (std::mutex& lock : process().block_locks) lock.unlock();
 }
 
+std::mutex& attach_mutex() { return process().attach_mutex; }
+
 std::mutex& probe_mutex() { return process().probe_mutex; }
 
 std::shared_ptr<Attachment> find_attachment(ArenaId arena) {
@@ -139,15 +141,15 @@ Hold load_block(ArenaId arena, BlockIndex block, Generation generation, std::opt
       return attachment->load(block, generation, message);
     } catch (const Error& error) {
       // Another thread has left this membership since it was looked up: join again.
-      if (error.code() != ErrorCode::kReleased || find_attachment(arena) == attachment) throw;
+      if (error.code() != ErrorCode::kReleased) throw;
+      forget_attachment(*attachment);
     }
   }
 }
 
 void register_attachment(const std::shared_ptr<Attachment>& attachment) {
   Process& self = process();
-  const std::lock_guard guard(self.attach_mutex);
-  const std::lock_guard registry_guard(self.registry_mutex);
+  const std::lock_guard guard(self.registry_mutex);
   self.attachments.emplace(value(attachment->control().arena()), attachment);
 }
 

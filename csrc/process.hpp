@@ -42,6 +42,9 @@ class AllBlockLocks {
 [[nodiscard]] std::shared_ptr<Attachment> attach(ArenaId arena);
 // One load of a handle (Attachment::load) in the arena of that name, joining it if need be.
 [[nodiscard]] Hold load_block(ArenaId arena, BlockIndex block, Generation generation, std::optional<MessageId> message);
+// Held while this process takes a peer slot: a fork in between would give the lock's description to the child.
+[[nodiscard]] std::mutex& attach_mutex();
+// The caller holds attach_mutex().
 void register_attachment(const std::shared_ptr<Attachment>& attachment);
 void forget_attachment(const Attachment& attachment);
 [[nodiscard]] std::vector<std::shared_ptr<Attachment>> all_attachments();

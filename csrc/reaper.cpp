@@ -117,10 +117,10 @@ Reaped reap(ControlSegment& control, std::uint64_t spared, Expiry expiry) {
       if (!owner) return Reaped::kOwnerAlive;
       control.clear_slot(kOwnerSlot);
       control.sweep(spared | hold_bit(kOwnerSlot));
-      if (!has_live_peer(control, spared)) {
-        drop_messages(control, expiry == Expiry::kNow ? 0 : control.header().ttl_ticks);
-      } else if (expiry == Expiry::kNow) {
+      if (expiry == Expiry::kNow) {
         drop_messages(control, 0);
+      } else if (expiry == Expiry::kTimeToLive && !has_live_peer(control, spared)) {
+        drop_messages(control, control.header().ttl_ticks);
       }
       if (close_arena(control)) {
         unlink_arena(control.arena(), control.name());
@@ -142,7 +142,8 @@ void reap_if_orphaned(Attachment& attachment) noexcept {
       if (ticks_since(header.owner_active.load(std::memory_order_relaxed), now) < kTicksPerSecond) return;
       if (!attachment.may_probe_owner(now)) return;
     }
-    if (reap(attachment.control(), hold_bit(attachment.slot()), Expiry::kTimeToLive) == Reaped::kRemoved) {
+    // This peer is alive and may load what is still on its way: nothing expires.
+    if (reap(attachment.control(), hold_bit(attachment.slot()), Expiry::kNever) == Reaped::kRemoved) {
       attachment.retire();
       forget_attachment(attachment);
     }
@@ -153,19 +154,22 @@ void reap_if_orphaned(Attachment& attachment) noexcept {
 }
 
 void detach_from_orphans() noexcept {
-  try {
-    for (const auto& attachment : all_attachments()) {
-      if (attachment->is_owner() || attachment->uses() != 0) continue;
+  for (const auto& attachment : all_attachments()) {
+    if (attachment->is_owner() || attachment->uses() != 0) continue;
+    try {
       {
         const std::lock_guard guard(probe_mutex());
         if (is_alive(attachment->control().file(), kOwnerSlot)) continue;
       }
       (void)reap(attachment->control(), hold_bit(attachment->slot()), Expiry::kTimeToLive);
-      // Checked again under the block locks: another thread may have loaded meanwhile.
-      if (attachment->retire_if_unused()) forget_attachment(*attachment);
+    } catch (const Error& error) {
+      // An arena whose name is gone is one to leave; for any other trouble it stays for the next reaper.
+      if (error.code() != ErrorCode::kSegmentLost) continue;
+    } catch (const std::exception&) {
+      continue;
     }
-  } catch (const std::exception&) {
-    return;  // as in reap_if_orphaned
+    // Checked again under the block locks: another thread may have loaded meanwhile.
+    if (attachment->retire_if_unused()) forget_attachment(*attachment);
   }
 }
 
@@ -187,7 +191,9 @@ void leave(Attachment& attachment) noexcept {
 }
 
 void leave_all() noexcept {
-  for (const auto& attachment : all_attachments()) leave(*attachment);
+  for (const auto& attachment : all_attachments()) {
+    if (attachment->is_owner() || attachment->uses() == 0) leave(*attachment);
+  }
 }
 
 std::vector<ReapReport> reap_all(Expiry expiry) {

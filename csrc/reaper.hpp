@@ -18,10 +18,10 @@ enum class Reaped : std::uint8_t {
   kNotOurs,     // another user's, another layout version, or not readable
 };
 
-enum class Expiry : std::uint8_t { kTimeToLive, kNow };
+enum class Expiry : std::uint8_t { kNever, kTimeToLive, kNow };
 
 // Takes the owner lock, sweeps, and removes the arena if nothing is outstanding. `spared` are this process's own
-// slots. Without live peers, messages are given up after their time-to-live, or at once.
+// slots. Without live peers, messages are given up as `expiry` says; kNow gives them up in any case.
 [[nodiscard]] Reaped reap(ControlSegment& control, std::uint64_t spared, Expiry expiry);
 
 // For Attachment::set_on_idle: this process has just let go of its last block of the arena.
@@ -32,7 +32,8 @@ void detach_from_orphans() noexcept;
 
 // This process ends, or closes its arena: gives up every hold and removes what nobody else needs.
 void leave(Attachment& attachment) noexcept;
-// leave() for every attachment of the process.
+// At the end of the process: leaves its own arenas, and those of others in which it holds nothing. What it still
+// holds there ends with the process, so exit handlers that run later may read it.
 void leave_all() noexcept;
 
 struct ReapReport {

@@ -104,6 +104,8 @@ class Mapping {
   [[nodiscard]] std::uint64_t bytes() const { return bytes_; }
   [[nodiscard]] bool valid() const { return base_ != nullptr; }
   void reset();
+  // Gives the range up without unmapping it: it is not mapped in this process.
+  void forget() { base_ = nullptr; }
 
  private:
   std::byte* base_ = nullptr;

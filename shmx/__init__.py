@@ -20,6 +20,7 @@ import torch as _torch  # noqa: F401
 
 from shmx._core import SharedTensor, readers
 from shmx.arena import Arena, attach, configure, default_arena, discard, empty, gc, share, stats, trim
+from shmx.config import apply_environment as _apply_environment
 from shmx.errors import (
     ArenaFullError,
     DeviceError,
@@ -59,6 +60,8 @@ __all__ = [
     "stats",
     "trim",
 ]
+
+_apply_environment()
 
 # Where users find them, and what their pickles name.
 SharedTensor.__module__ = "shmx"

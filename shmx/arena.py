@@ -14,6 +14,7 @@ import torch
 from shmx import _core
 from shmx._core import SharedTensor
 from shmx.config import ArenaConfig
+from shmx.errors import InvalidHandleError
 
 __all__ = ["Arena", "attach", "configure", "default_arena", "discard", "empty", "gc", "share", "stats", "trim"]
 
@@ -45,14 +46,20 @@ class Arena(_core.Arena):
         scrub: bool | None = None,
     ) -> None:
         preset = ArenaConfig.from_environment()
-        chosen_scrub = preset.scrub if scrub is None else scrub
         super().__init__(
             capacity=preset.capacity if capacity is None else capacity,
             segment_bytes=preset.segment_bytes if segment_bytes is None else segment_bytes,
             ticket_ttl=preset.ticket_ttl if ticket_ttl is None else ticket_ttl,
             reuse_delay=preset.reuse_delay if reuse_delay is None else reuse_delay,
-            scrub=bool(chosen_scrub),
+            scrub=(preset.scrub or False) if scrub is None else scrub,
         )
+
+    def empty(
+        self, shape: int | Sequence[int], *, dtype: torch.dtype | None = None, timeout: float | None = None
+    ) -> torch.Tensor:
+        """Make a tensor that lives in this arena; as :func:`shmx.empty`."""
+        sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+        return super().empty(sizes, dtype=dtype or torch.get_default_dtype(), timeout=timeout)
 
     def __enter__(self) -> Arena:
         """Use the arena in a ``with`` block."""
@@ -171,8 +178,7 @@ def empty(
     ArenaFullError
         As for :func:`share`.
     """
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    return default_arena().empty(sizes, dtype=dtype or torch.get_default_dtype(), timeout=timeout)
+    return default_arena().empty(shape, dtype=dtype, timeout=timeout)
 
 
 def attach(handle: SharedTensor) -> None:
@@ -213,10 +219,15 @@ def discard(blob: bytes | bytearray | memoryview) -> int:
             if isinstance(argument, str) and argument.startswith(_core.TEXT_PREFIX)
         }
     except Exception as error:
-        from shmx.errors import InvalidHandleError
-
         raise InvalidHandleError(f"not a pickle, nor the bytes of a handle: {error}") from error
-    return sum(_core.discard_text(text) for text in texts)
+    return sum(_discard_text(text) for text in texts)
+
+
+def _discard_text(text: str) -> bool:
+    try:
+        return _core.discard_text(text)
+    except InvalidHandleError:
+        return False  # a string of the user's that begins like a handle
 
 
 def trim() -> int:
@@ -263,10 +274,18 @@ def _forget_default() -> None:
     _default = None
 
 
+def _leave() -> None:
+    # A child of multiprocessing joins its threads only after its finalizers; they may be sharing yet.
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    _core.leave_all()
+
+
 def _leave_at_exit(*_: object) -> None:
     # multiprocessing runs its finalizers at the end of the main process and of its children (which end with
     # os._exit, so atexit would miss them). The low priority comes after queues have flushed what they still pickle.
-    multiprocessing.util.Finalize(None, _core.leave_all, exitpriority=-1000)
+    multiprocessing.util.Finalize(None, _leave, exitpriority=-1000)
 
 
 os.register_at_fork(after_in_child=_forget_default)

@@ -6,7 +6,9 @@ import mmap
 import os
 from dataclasses import dataclass, fields
 
-__all__ = ["ArenaConfig"]
+from shmx import _core
+
+__all__ = ["ArenaConfig", "apply_environment"]
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
@@ -17,7 +19,7 @@ _LEAST_BYTES = mmap.PAGESIZE
 _MOST_BYTES = 1 << 46
 
 
-def _bytes(name: str, text: str) -> int:
+def _bytes(name: str, text: str, least: int = _LEAST_BYTES) -> int:
     number, unit = text.strip().lower().removesuffix("ib").removesuffix("b"), 1
     if number and number[-1] in _UNITS:
         number, unit = number[:-1], _UNITS[number[-1]]
@@ -25,8 +27,8 @@ def _bytes(name: str, text: str) -> int:
         size = int(float(number) * unit) if "." in number else int(number) * unit
     except (ValueError, OverflowError):
         raise ValueError(f"{name}={text!r} is not a size; give bytes, or a number with KiB, MiB or GiB") from None
-    if not _LEAST_BYTES <= size <= _MOST_BYTES:
-        raise ValueError(f"{name}={text!r} is out of range; give a size between {_LEAST_BYTES} bytes and 64 TiB")
+    if not least <= size <= _MOST_BYTES:
+        raise ValueError(f"{name}={text!r} is out of range; give a size between {least} bytes and 64 TiB")
     return size
 
 
@@ -46,6 +48,21 @@ def _flag(name: str, text: str) -> bool:
     if text.lower() in _FALSE:
         return False
     raise ValueError(f"{name}={text!r} is not a flag; give 1 or 0")
+
+
+def apply_environment() -> None:
+    """Set what holds for the whole process, when the package is imported.
+
+    ``SHMX_POOL_BYTES``: private memory that is kept for materialized tensors; 0 keeps none. ``SHMX_READONLY``: map
+    other processes' arenas read-only. ``SHMX_NT_THRESHOLD``: copies of so many bytes and more use non-temporal stores.
+    Raises ``ValueError`` that names the variable if one cannot be read.
+    """
+    if (text := os.environ.get("SHMX_POOL_BYTES")) is not None:
+        _core.set_pool_limit(_bytes("SHMX_POOL_BYTES", text, least=0))
+    if (text := os.environ.get("SHMX_READONLY")) is not None:
+        _core.set_read_only(_flag("SHMX_READONLY", text))
+    if (text := os.environ.get("SHMX_NT_THRESHOLD")) is not None:
+        _core.set_non_temporal_threshold(_bytes("SHMX_NT_THRESHOLD", text, least=1))
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,6 @@ def test_random_kills_corrupt_nothing_lose_no_announced_load_and_leave_nothing(c
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_a_thousand_random_kills_corrupt_nothing_lose_no_announced_load_and_leave_nothing(
-    children, segments, tmp_path
-):
+def test_a_thousand_random_kills_corrupt_nothing_lose_no_announced_load_and_leave_nothing(children, segments, tmp_path):
     assert _kill_and_replace(children, tmp_path, kills=1000, seed=2)["loaded"] > 1000
     _nothing_is_left(segments)
