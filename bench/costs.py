@@ -116,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result: dict[str, Any] = {"unit": "us", "statistic": "median", "rounds": arguments.rounds, "sizes": table}
         print(json.dumps(result, indent=2))
         return 0
-    print(f"microseconds, median of {arguments.rounds} rounds; non-temporal from {_core.non_temporal_threshold()} bytes")
+    print(
+        f"microseconds, median of {arguments.rounds} rounds; non-temporal from {_core.non_temporal_threshold()} bytes"
+    )
     print(f"{'':36}" + "".join(f"{name:>12}" for name in table))
     for operation in next(iter(table.values())):
         print(f"{operation:36}" + "".join(f"{costs[operation]:12.1f}" for costs in table.values()))

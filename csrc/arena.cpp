@@ -58,21 +58,24 @@ std::shared_ptr<Arena> Arena::create(ArenaOptions options) {
     auto control = ControlSegment::create(id, {options.capacity, to_ticks(options.ticket_ttl)});
     const std::string name = control.name();
     try {
-      const std::lock_guard guard(attach_mutex());
-      // A reaper that came upon the name before it was locked has removed it: take another one.
-      std::optional<PeerLock> lock;
-      try {
-        lock = PeerLock::try_take(name, control.identity(), kOwnerSlot, Inheritance::kThisProcess);
-      } catch (const Error& error) {
-        if (error.code() != ErrorCode::kSegmentLost) throw;
+      std::shared_ptr<Attachment> attachment;
+      {
+        const std::lock_guard guard(attach_mutex());
+        // A reaper that came upon the name before it was locked has removed it: take another one.
+        std::optional<PeerLock> lock;
+        try {
+          lock = PeerLock::try_take(name, control.identity(), kOwnerSlot, Inheritance::kThisProcess);
+        } catch (const Error& error) {
+          if (error.code() != ErrorCode::kSegmentLost) throw;
+        }
+        if (!lock) continue;
+        PeerEntry& peer = control.header().peers[value(kOwnerSlot)];
+        peer.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);  // informational
+        peer.since.store(ticks_now(), std::memory_order_relaxed);
+        control.publish();
+        attachment = std::make_shared<Attachment>(std::move(control), std::move(*lock), kOwnerSlot);
+        register_attachment(attachment);
       }
-      if (!lock) continue;
-      PeerEntry& peer = control.header().peers[value(kOwnerSlot)];
-      peer.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);  // informational
-      peer.since.store(ticks_now(), std::memory_order_relaxed);
-      control.publish();
-      auto attachment = std::make_shared<Attachment>(std::move(control), std::move(*lock), kOwnerSlot);
-      register_attachment(attachment);
       std::shared_ptr<Arena> arena(new Arena(options, attachment));
       attachment->set_owner(arena);
       return arena;
@@ -459,8 +462,8 @@ std::uint32_t Arena::expire() {
     if (here != 0 && !expiry_noticed_) {
       expiry_noticed_ = true;
       expiry_notice_ = "arena " + name() + " needed room and gave up a message that nobody loaded for " +
-                       std::to_string(ttl_ / kTicksPerSecond) + " s (block " +
-                       std::to_string(index) + ", " + human_bytes(books_[index].range.bytes) +
+                       std::to_string(ttl_ / kTicksPerSecond) + " s (block " + std::to_string(index) + ", " +
+                       human_bytes(books_[index].range.bytes) +
                        "); announce only loads that happen, discard() what is not sent, or raise SHMX_TICKET_TTL";
     }
     dropped += here;

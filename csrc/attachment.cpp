@@ -218,7 +218,11 @@ std::byte* Attachment::mapped(const Hold& hold) const {
     return nullptr;
   }
   std::byte* base = segment.base.load(std::memory_order_relaxed);
-  return base == nullptr ? nullptr : base + place.offset.load(std::memory_order_relaxed);
+  const std::uint64_t size = segment.bytes.load(std::memory_order_relaxed);
+  const std::uint64_t bytes = place.bytes.load(std::memory_order_relaxed);
+  const std::uint64_t offset = place.offset.load(std::memory_order_relaxed);
+  if (base == nullptr || bytes > size || offset > size - bytes) return nullptr;
+  return base + offset;
 }
 
 std::byte* Attachment::data(const Hold& hold) {
@@ -265,6 +269,7 @@ Attachment::DataMapping& Attachment::map_segment(std::uint32_t slot) {
   segment.segment_id.store(0, std::memory_order_relaxed);
   segment.mapping = Mapping(fd->get(), name, ByteCount{bytes}, peer_access());
   segment.base.store(segment.mapping.base(), std::memory_order_relaxed);
+  segment.bytes.store(segment.mapping.bytes(), std::memory_order_relaxed);
   segment.segment_id.store(id, std::memory_order_release);
   return segment;
 }
@@ -286,6 +291,7 @@ void Attachment::add_mapping(std::uint32_t slot, std::uint32_t id, Mapping mappi
   segment.segment_id.store(0, std::memory_order_relaxed);
   segment.mapping = std::move(mapping);
   segment.base.store(segment.mapping.base(), std::memory_order_relaxed);
+  segment.bytes.store(segment.mapping.bytes(), std::memory_order_relaxed);
   // release: pairs with mapped().
   segment.segment_id.store(id, std::memory_order_release);
 }

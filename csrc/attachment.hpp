@@ -121,6 +121,7 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   struct DataMapping {
     std::atomic<std::uint32_t> segment_id{0};
     std::atomic<std::byte*> base{nullptr};
+    std::atomic<std::uint64_t> bytes{0};
     Mapping mapping;
   };
   enum class ForkPlan : std::uint8_t { kNone, kJoins, kLeftOut };

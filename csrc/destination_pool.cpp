@@ -122,6 +122,7 @@ void DestinationPool::drop_oldest() {
 void DestinationPool::set_limit(std::uint64_t bytes) {
   const std::lock_guard guard(mutex_);
   limit_ = bytes;
+  while (kept_bytes_ > limit_) drop_oldest();
 }
 
 void DestinationPool::clear() noexcept {

@@ -109,14 +109,14 @@ std::uint64_t TensorMeta::elements() const {
 }
 
 std::uint64_t TensorMeta::end() const {
+  for (const std::int64_t size : shape) {
+    if (size == 0) return 0;
+  }
   std::uint64_t last = 0;
   if (strides.empty()) {
-    const std::uint64_t count = elements();
-    if (count == 0) return 0;
-    last = count - 1;
+    last = elements() - 1;
   } else {
     for (std::size_t i = 0; i < shape.size(); ++i) {
-      if (shape[i] == 0) return 0;
       std::uint64_t step = 0;
       if (__builtin_mul_overflow(static_cast<std::uint64_t>(shape[i] - 1), static_cast<std::uint64_t>(strides[i]),
                                  &step) ||

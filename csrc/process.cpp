@@ -121,6 +121,9 @@ std::shared_ptr<Attachment> find_attachment(ArenaId arena) {
 }
 
 std::shared_ptr<Attachment> attach(ArenaId arena) {
+  if (!process_joined())
+    throw Error(ErrorCode::kReleased,
+                "this process was made by a bare clone(2), which shmx cannot follow; use fork or spawn");
   if (auto known = find_attachment(arena)) return known;
   // A new producer often means that an old one has ended.
   detach_from_orphans();
@@ -141,7 +144,7 @@ Hold load_block(ArenaId arena, BlockIndex block, Generation generation, std::opt
       return attachment->load(block, generation, message);
     } catch (const Error& error) {
       // Another thread has left this membership since it was looked up: join again.
-      if (error.code() != ErrorCode::kReleased) throw;
+      if (error.code() != ErrorCode::kReleased || !process_joined()) throw;
       forget_attachment(*attachment);
     }
   }

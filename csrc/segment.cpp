@@ -104,6 +104,16 @@ SegmentFile::SegmentFile(std::string name, UniqueFd fd) : name_(std::move(name))
   identity_ = file_facts(fd_.get(), name_).identity;
 }
 
+SegmentFile& SegmentFile::operator=(SegmentFile&& other) noexcept {
+  if (this != &other) {
+    close();
+    name_ = std::move(other.name_);
+    fd_ = std::move(other.fd_);
+    identity_ = other.identity_;
+  }
+  return *this;
+}
+
 SegmentFile::~SegmentFile() {
   // The number may belong to somebody else by now; closing it then would be a bug of ours in their code.
   if (fd_.valid() && !still_ours()) fd_.forget();

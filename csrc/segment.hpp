@@ -68,7 +68,7 @@ class SegmentFile {
   SegmentFile() = default;
   SegmentFile(std::string name, UniqueFd fd);
   SegmentFile(SegmentFile&& other) noexcept = default;
-  SegmentFile& operator=(SegmentFile&& other) noexcept = default;
+  SegmentFile& operator=(SegmentFile&& other) noexcept;
   SegmentFile(const SegmentFile&) = delete;
   SegmentFile& operator=(const SegmentFile&) = delete;
   ~SegmentFile();

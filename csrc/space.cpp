@@ -69,6 +69,7 @@ std::uint64_t FreeSpace::free_in(std::uint32_t segment_slot) const {
 std::uint64_t FreeSpace::largest() const { return by_size_.empty() ? 0 : std::get<0>(*by_size_.rbegin()); }
 
 std::uint64_t block_bytes(std::uint64_t tensor_bytes) {
+  if (tensor_bytes > UINT64_MAX / 2) return tensor_bytes;  // nobody has room for it, whatever the step
   const std::uint64_t step =
       std::max<std::uint64_t>(kBlockAlignment, std::bit_floor(std::max<std::uint64_t>(tensor_bytes, 1)) / 16);
   return std::max<std::uint64_t>((tensor_bytes + step - 1) / step * step, kBlockAlignment);
