@@ -55,27 +55,26 @@ std::shared_ptr<Arena> Arena::create(ArenaOptions options) {
   (void)reap_all(Expiry::kTimeToLive);
   for (;;) {
     const ArenaId id{random_id()};
+    std::unique_lock guard(attach_mutex());
     auto control = ControlSegment::create(id, {options.capacity, to_ticks(options.ticket_ttl)});
     const std::string name = control.name();
     try {
-      std::shared_ptr<Attachment> attachment;
-      {
-        const std::lock_guard guard(attach_mutex());
-        // A reaper that came upon the name before it was locked has removed it: take another one.
-        std::optional<PeerLock> lock;
-        try {
-          lock = PeerLock::try_take(name, control.identity(), kOwnerSlot, Inheritance::kThisProcess);
-        } catch (const Error& error) {
-          if (error.code() != ErrorCode::kSegmentLost) throw;
-        }
-        if (!lock) continue;
-        PeerEntry& peer = control.header().peers[value(kOwnerSlot)];
-        peer.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);  // informational
-        peer.since.store(ticks_now(), std::memory_order_relaxed);
-        control.publish();
-        attachment = std::make_shared<Attachment>(std::move(control), std::move(*lock), kOwnerSlot);
-        register_attachment(attachment);
+      // A reaper that came upon the name before it was locked has removed it: take another one.
+      std::optional<PeerLock> lock;
+      try {
+        lock = PeerLock::try_take(name, control.identity(), kOwnerSlot, Inheritance::kThisProcess);
+      } catch (const Error& error) {
+        if (error.code() != ErrorCode::kSegmentLost) throw;
       }
+      if (!lock) continue;
+      PeerEntry& peer = control.header().peers[value(kOwnerSlot)];
+      peer.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);  // informational
+      peer.since.store(ticks_now(), std::memory_order_relaxed);
+      control.publish();
+      auto attachment = std::make_shared<Attachment>(std::move(control), std::move(*lock), kOwnerSlot);
+      register_attachment(attachment);
+      // Before the arena takes part in forks: its own lock comes before this one.
+      guard.unlock();
       std::shared_ptr<Arena> arena(new Arena(options, attachment));
       attachment->set_owner(arena);
       return arena;

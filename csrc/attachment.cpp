@@ -174,8 +174,13 @@ Hold Attachment::load(BlockIndex block, Generation generation, std::optional<Mes
       clear_hold(state, slot_);
     }
   }
-  if (!arena_open) throw lost(control_.name());
-  if (!hold.held()) throw stale(block);
+  if (!hold.held()) {
+    // The bit that was set for a moment may have kept a reaper from an arena that nobody else would look at again.
+    if (uses_.load(std::memory_order_seq_cst) == 0) {
+      if (const auto on_idle = on_idle_.load(std::memory_order_seq_cst); on_idle != nullptr) on_idle(*this);
+    }
+    throw arena_open ? stale(block) : lost(control_.name());
+  }
   // relaxed: a hint; the segment table is read under the mutex in drop_dead_mappings.
   if (control_.header().trim_count.load(std::memory_order_relaxed) != trims_seen_.load(std::memory_order_relaxed)) {
     drop_dead_mappings();
@@ -333,6 +338,17 @@ bool Attachment::retire_under_locks(bool only_if_unused) {
 void Attachment::retire() { retire_under_locks(false); }
 
 bool Attachment::retire_if_unused() { return retire_under_locks(true); }
+
+void Attachment::give_memory_back() {
+  const std::lock_guard guard(map_mutex_);
+  for (std::uint32_t slot = 0; slot < kMaxSegments; ++slot) {
+    DataMapping& segment = segments_[slot];
+    segment.segment_id.store(0, std::memory_order_relaxed);
+    segment.base.store(nullptr, std::memory_order_relaxed);
+    segment.mapping.reset();
+  }
+  control_.forget_content();
+}
 
 bool Attachment::may_probe_owner(Ticks now) {
   // relaxed: two threads that probe at once do no harm.

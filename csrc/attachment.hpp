@@ -100,6 +100,9 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   void retire();
   // retire(), unless a use has begun meanwhile.
   bool retire_if_unused();
+  // After retire(), with no use left: unmaps the data, and puts private zeros in the place of the control segment,
+  // which a caller that comes late may still look at.
+  void give_memory_back();
   // At most once a second, for the cost of a system call.
   [[nodiscard]] bool may_probe_owner(Ticks now);
   // The allocator of this arena, in the process that owns it.

@@ -38,6 +38,9 @@ class ControlSegment {
   // Owner: makes the entries up to `count` usable, reserving their memory first.
   void grow_table(std::uint32_t count);
 
+  // Replaces the shared pages by private zeros, for a process that has left.
+  void forget_content() { mapping_.replace_by_zeros(); }
+
   // Bits of all peers that hold anything.
   [[nodiscard]] std::uint64_t holders() const;
   // Clears what a former peer left in `slot`. The caller has the slot's lock.

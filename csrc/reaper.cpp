@@ -181,10 +181,14 @@ void leave(Attachment& attachment) noexcept {
     // seq_cst: before the look at the holds in reap(), see reap_if_orphaned.
     if (owner) header.owner_left.store(1, std::memory_order_seq_cst);
     attachment.retire();
-    forget_attachment(attachment);
     (void)reap(attachment.control(), 0, Expiry::kTimeToLive);
-    const std::lock_guard guard(probe_mutex());
-    attachment.control().file().close();
+    {
+      const std::lock_guard guard(probe_mutex());
+      attachment.control().file().close();
+    }
+    // Only now: a fork in between finds it in the registry and closes the child's descriptor.
+    forget_attachment(attachment);
+    if (owner && attachment.uses() == 0) attachment.give_memory_back();
   } catch (const std::exception&) {
     return;  // as in reap_if_orphaned
   }
@@ -199,6 +203,8 @@ void leave_all() noexcept {
 std::vector<ReapReport> reap_all(Expiry expiry) {
   detach_from_orphans();
   std::vector<ReapReport> reports;
+  // Held for fork's sake: a child must not get the descriptors that are open in here.
+  const std::lock_guard guard(attach_mutex());
   for (const NamedSegments& segments : list_arenas()) {
     // An arena this process takes part in is in use as long as it does.
     if (find_attachment(segments.arena)) continue;

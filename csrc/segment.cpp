@@ -183,6 +183,11 @@ void Mapping::reset() {
   bytes_ = 0;
 }
 
+void Mapping::replace_by_zeros() {
+  if (base_ == nullptr) return;
+  ::mmap(base_, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+}
+
 void prefault(std::byte* base, std::uint64_t bytes, Access access) {
   const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
   const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(base) / page * page;

@@ -104,6 +104,8 @@ class Mapping {
   [[nodiscard]] std::uint64_t bytes() const { return bytes_; }
   [[nodiscard]] bool valid() const { return base_ != nullptr; }
   void reset();
+  // The same range, private and zero. Best effort: on failure it stays as it is.
+  void replace_by_zeros();
   // Gives the range up without unmapping it: it is not mapped in this process.
   void forget() { base_ = nullptr; }
 
