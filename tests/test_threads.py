@@ -342,7 +342,7 @@ def leave_a_thread_behind(connection, blob):
         connection.send("right" if is_pattern(view, 1) else "other data")
 
     threading.Thread(target=read_on).start()
-    # After shmx's own finalizer, which has priority -1000.
+    # Called after shmx's own finalizer, which has priority -1000.
     multiprocessing.util.Finalize(None, connection.send, args=("finalized",), exitpriority=-2000)
 
 
@@ -352,8 +352,11 @@ def test_a_thread_that_outlives_its_process_s_target_keeps_its_hold(children, me
     with small_arena() as arena:
         child = children.start(leave_a_thread_behind, dumps(arena.share(pattern(1)), 1), method=method)
         assert child.receive() == ("result", None)
-        assert child.receive() == "finalized"
+        # Whether its finalizers wait for the thread is their business: give them the time not to.
+        said = [child.receive()] if child.connection.poll(1) else []
         press(arena)
         child.send(None)
-        assert child.receive() == "right"
+        while "finalized" not in said or len(said) < 2:
+            said.append(child.receive())
+        assert "right" in said
         child.join()
