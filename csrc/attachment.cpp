@@ -152,17 +152,17 @@ Error Attachment::stale(BlockIndex block) const {
 }
 
 Hold Attachment::load(BlockIndex block, Generation generation, std::optional<MessageId> message) {
-  require_usable();
-  if (value(block) >= control_.block_count() || (value(generation) & 1) != 0) {
-    throw Error(ErrorCode::kInvalidHandle, "handle names block " + std::to_string(value(block)) + " of arena " +
-                                               control_.name() + ", which has no such block");
-  }
   BlockState& state = control_.block(block).state;
   Hold hold;
   bool arena_open = true;
   {
     const std::lock_guard guard(block_lock(block));
+    // First: a process that has left sees zeros in the place of the table.
     require_usable();
+    if (value(block) >= control_.block_count() || (value(generation) & 1) != 0) {
+      throw Error(ErrorCode::kInvalidHandle, "handle names block " + std::to_string(value(block)) + " of arena " +
+                                                 control_.name() + ", which has no such block");
+    }
     set_hold(state, slot_);
     if (confirm_generation(state, generation) && (arena_open = confirm_arena())) {
       if (message) take_message(state, *message);
