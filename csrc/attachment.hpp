@@ -89,7 +89,8 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   [[nodiscard]] PeerSlot slot() const { return slot_; }
   [[nodiscard]] bool is_owner() const { return slot_ == kOwnerSlot; }
   // Uses of all blocks together.
-  [[nodiscard]] std::uint64_t uses() const { return uses_.load(std::memory_order_relaxed); }
+  // seq_cst: a closing owner asks after it has set on_idle, see unuse().
+  [[nodiscard]] std::uint64_t uses() const { return uses_.load(std::memory_order_seq_cst); }
   [[nodiscard]] std::uint32_t uses_of(BlockIndex block) const;
 
   // Throws if this process cannot use the arena any more (it was forked with no free slot; see error).

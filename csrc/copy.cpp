@@ -157,12 +157,15 @@ std::size_t non_temporal_threshold() {
 
 const char* non_temporal_kind() { return streaming().kind; }
 
-void copy_plain(void* destination, const void* source, std::size_t bytes) { std::memcpy(destination, source, bytes); }
+void copy_plain(void* destination, const void* source, std::size_t bytes) {
+  // An empty tensor may have no address, which memcpy does not take even for 0 bytes.
+  if (bytes != 0) std::memcpy(destination, source, bytes);
+}
 
 void copy_non_temporal(void* destination, const void* source, std::size_t bytes) {
   const Stream stream = streaming().copy;
   if (stream == nullptr || bytes < 2 * kChunk) {
-    std::memcpy(destination, source, bytes);
+    copy_plain(destination, source, bytes);
     return;
   }
   auto* to = static_cast<std::byte*>(destination);
@@ -180,7 +183,7 @@ void copy_bytes(void* destination, const void* source, std::size_t bytes) {
   // Below the smallest size measured there is no need to know the threshold.
   constexpr std::size_t kAlwaysPlain = 256U << 10;
   if (bytes < kAlwaysPlain || bytes < non_temporal_threshold()) {
-    std::memcpy(destination, source, bytes);
+    copy_plain(destination, source, bytes);
   } else {
     copy_non_temporal(destination, source, bytes);
   }

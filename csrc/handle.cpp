@@ -45,7 +45,10 @@ Error carried(const HandleState& state) {
 
 void SentMessage::take_back() noexcept {
   const auto attachment = attachment_.lock();
-  if (attachment && attachment->usable()) drop_message(attachment->control().block(block_).state, message_);
+  if (!attachment || !attachment->usable()) return;
+  drop_message(attachment->control().block(block_).state, message_);
+  // It may have been the last thing that kept an orphan.
+  if (attachment->uses() == 0 && !attachment->is_owner()) reap_if_orphaned(*attachment);
 }
 
 void Handle::remember() {
