@@ -337,7 +337,7 @@ void Arena::commit(std::uint32_t slot, std::uint64_t bytes) {
   }
   // Steps grow with the arena; what the request does not need is only taken where it is to be had.
   const std::uint64_t ahead = std::clamp(reserved_ / 4, kCommitStep, kLargestCommitStep);
-  const std::uint64_t page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
   const std::uint64_t room = std::min(segment.bytes - segment.committed, options_.capacity - reserved_);
   std::uint64_t step = std::min(round_up(std::max(bytes, ahead), page), room);
   const std::string file_name = data_name(control().arena(), segment.id);
@@ -429,9 +429,9 @@ std::uint64_t Arena::trim() {
   require_open();
   (void)sweep_dead_peers();
   const std::uint64_t before = reserved_;
-  for (std::uint32_t slot = 0; slot < segments_.size(); ++slot) {
+  for (const Segment& segment : segments_) {
     // Only a segment that becomes wholly free is worth the blocks that could have been loaded again.
-    const auto& blocks = segments_[slot].blocks;
+    const auto& blocks = segment.blocks;
     if (!std::all_of(blocks.begin(), blocks.end(), [&](const auto& b) { return is_idle(entry(b.second).state); })) {
       continue;
     }

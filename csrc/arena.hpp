@@ -59,6 +59,8 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
  public:
   [[nodiscard]] static std::shared_ptr<Arena> create(ArenaOptions options);
   ~Arena() override;
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
 
   // A block for `bytes`, its content undefined (zero with scrub). try_allocate makes no system call and answers
   // nothing if it would need one; allocate throws ArenaFull.

@@ -238,7 +238,7 @@ std::byte* Attachment::data(const Hold& hold) {
   const std::uint64_t bytes = place.bytes.load(std::memory_order_relaxed);
   const std::uint16_t slot = place.segment_slot.load(std::memory_order_relaxed);
   const std::lock_guard guard(map_mutex_);
-  DataMapping& segment = map_segment(slot);
+  const DataMapping& segment = map_segment(slot);
   if (bytes > segment.mapping.bytes() || offset > segment.mapping.bytes() - bytes) {
     throw Error(ErrorCode::kInvalidHandle, "block " + std::to_string(value(hold.block())) + " of arena " +
                                                control_.name() +

@@ -86,6 +86,7 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   void drop_dead_mappings();
 
   [[nodiscard]] ControlSegment& control() { return control_; }
+  [[nodiscard]] ArenaId arena() const { return control_.arena(); }
   [[nodiscard]] PeerSlot slot() const { return slot_; }
   [[nodiscard]] bool is_owner() const { return slot_ == kOwnerSlot; }
   // Uses of all blocks together.

@@ -111,7 +111,7 @@ inline Announcement announce(BlockState& block, Generation mine, std::uint32_t r
   if (!has_generation(block, mine)) return {Announced::kRevoked, {}};
   for (std::uint8_t i = 0; i < kMessageCells; ++i) {
     std::uint64_t word = block.cells[i].load(std::memory_order_seq_cst);
-    MessageCell content = MessageCell::unpack(word);
+    const MessageCell content = MessageCell::unpack(word);
     if (content.remaining != 0) continue;
     const MessageCell fresh{readers, (content.tag + 1) & MessageCell::kTagMask, now};
     if (!block.cells[i].compare_exchange_strong(word, fresh.pack(), std::memory_order_seq_cst)) continue;
@@ -141,7 +141,7 @@ inline bool is_idle(const BlockState& block) {
 // generation, or nothing if the block is in use. Whoever dies in between leaves an odd generation,
 // which loads undo and a later call completes.
 inline std::optional<Generation> retire(BlockState& block) {
-  std::uint64_t open = block.generation.load(std::memory_order_seq_cst) & ~std::uint64_t{1};
+  const std::uint64_t open = block.generation.load(std::memory_order_seq_cst) & ~std::uint64_t{1};
   if (!is_idle(block)) return std::nullopt;
   std::uint64_t expected = open;
   if (!block.generation.compare_exchange_strong(expected, open + 1, std::memory_order_seq_cst) &&

@@ -42,7 +42,7 @@ std::byte* map_fresh(std::size_t bytes) {
 }  // namespace
 
 DestinationPool& DestinationPool::instance() {
-  static DestinationPool* pool = new DestinationPool;
+  static auto* pool = new DestinationPool;
   return *pool;
 }
 

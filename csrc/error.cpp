@@ -42,14 +42,14 @@ Error no_space_error(const std::string& object, std::uint64_t wanted_bytes, cons
 
 std::string human_bytes(std::uint64_t bytes) {
   static constexpr const char* kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB"};
-  double scaled = static_cast<double>(bytes);
+  auto scaled = static_cast<double>(bytes);
   unsigned unit = 0;
   while (scaled >= 1024 && unit < 4) {
     scaled /= 1024;
     ++unit;
   }
   char text[32];
-  std::snprintf(text, sizeof text, unit == 0 ? "%.0f %s" : "%.1f %s", scaled, kUnits[unit]);
+  (void)std::snprintf(text, sizeof text, unit == 0 ? "%.0f %s" : "%.1f %s", scaled, kUnits[unit]);
   return text;
 }
 

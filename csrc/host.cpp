@@ -3,10 +3,10 @@
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
-#include <time.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <ctime>
 #include <fstream>
 #include <sstream>
 #include <string>
@@ -95,7 +95,7 @@ std::uint32_t host_id() {
 
 Ticks ticks_now() {
   timespec now{};
-  ::clock_gettime(CLOCK_BOOTTIME, &now);
+  (void)::clock_gettime(CLOCK_BOOTTIME, &now);
   const auto seconds = static_cast<std::uint64_t>(now.tv_sec);
   const auto fraction = static_cast<std::uint64_t>(now.tv_nsec) * kTicksPerSecond / 1'000'000'000U;
   return static_cast<Ticks>(seconds * kTicksPerSecond + fraction);

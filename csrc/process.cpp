@@ -35,7 +35,7 @@ struct Process {
 
 // Never destroyed: destructors of Python objects run after those of static objects.
 Process& process() {
-  static Process* instance = new Process;
+  static auto* instance = new Process;
   return *instance;
 }
 
@@ -160,7 +160,7 @@ void forget_attachment(const Attachment& attachment) {
   Process& self = process();
   std::shared_ptr<Attachment> dropped;  // destroyed after the lock is released
   const std::lock_guard guard(self.registry_mutex);
-  const auto found = self.attachments.find(value(const_cast<Attachment&>(attachment).control().arena()));
+  const auto found = self.attachments.find(value(attachment.arena()));
   if (found == self.attachments.end() || found->second.get() != &attachment) return;
   dropped = std::move(found->second);
   self.attachments.erase(found);

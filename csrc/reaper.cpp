@@ -134,7 +134,7 @@ Reaped reap(ControlSegment& control, std::uint64_t spared, Expiry expiry) {
 
 void reap_if_orphaned(Attachment& attachment) noexcept {
   try {
-    ControlHeader& header = attachment.control().header();
+    const ControlHeader& header = attachment.control().header();
     // seq_cst: after the clearing of the hold; the leaving owner sets it before it looks at the holds.
     if (header.owner_left.load(std::memory_order_seq_cst) == 0) {
       // An owner that was killed sets nothing. One that has been quiet for a second is worth a system call.

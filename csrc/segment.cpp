@@ -185,7 +185,7 @@ void Mapping::reset() {
 
 void Mapping::replace_by_zeros() {
   if (base_ == nullptr) return;
-  ::mmap(base_, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  (void)::mmap(base_, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
 }
 
 void prefault(std::byte* base, std::uint64_t bytes, Access access) {
@@ -198,7 +198,8 @@ void prefault(std::byte* base, std::uint64_t bytes, Access access) {
 
 std::string control_name(ArenaId arena) {
   char name[1 + kPrefix.size() + kHexDigits + 1];
-  std::snprintf(name, sizeof name, "/%s%016llx", kPrefix.data(), static_cast<unsigned long long>(value(arena)));
+  (void)std::snprintf(name, sizeof name, "/%.*s%016llx", static_cast<int>(kPrefix.size()), kPrefix.data(),
+                      static_cast<unsigned long long>(value(arena)));
   return name;
 }
 
@@ -223,7 +224,8 @@ std::vector<NamedSegments> list_arenas() {
   std::map<std::uint64_t, NamedSegments> found;
   const std::unique_ptr<DIR, int (*)(DIR*)> directory(::opendir(kDirectory), &::closedir);
   if (!directory) throw system_error("opendir", kDirectory, errno);
-  while (const dirent* entry = ::readdir(directory.get())) {
+  // The stream is this call's own.
+  while (const dirent* entry = ::readdir(directory.get())) {  // NOLINT(concurrency-mt-unsafe)
     const std::string file_name = entry->d_name;
     const auto arena = arena_of_name(file_name);
     if (!arena) continue;

@@ -43,9 +43,9 @@ struct FileIdentity {
 
 struct FileFacts {
   FileIdentity identity;
-  std::uint64_t bytes;
-  std::uint64_t links;
-  uid_t uid;
+  std::uint64_t bytes = 0;
+  std::uint64_t links = 0;
+  uid_t uid = 0;
 };
 [[nodiscard]] FileFacts file_facts(int fd, const std::string& name);
 

@@ -46,7 +46,7 @@ std::vector<std::string> names_left() {
 }  // namespace shmx::test
 
 extern "C" {
-// NOLINTBEGIN(bugprone-reserved-identifier): the linker's --wrap fixes these names.
+// The linker's --wrap fixes these names.
 int __real_shm_open(const char* name, int flags, mode_t mode);
 int __wrap_shm_open(const char* name, int flags, mode_t mode);
 
@@ -60,5 +60,4 @@ int __wrap_shm_open(const char* name, int flags, mode_t mode) {
   }
   return fd;
 }
-// NOLINTEND(bugprone-reserved-identifier)
 }
