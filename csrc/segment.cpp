@@ -185,7 +185,8 @@ void Mapping::reset() {
 
 void Mapping::replace_by_zeros() {
   if (base_ == nullptr) return;
-  (void)::mmap(base_, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  [[maybe_unused]] const void* zeros =
+      ::mmap(base_, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
 }
 
 void prefault(std::byte* base, std::uint64_t bytes, Access access) {

@@ -255,11 +255,11 @@ def test_eight_ranks_lose_nothing(children, tmp_path, segments):
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_eight_ranks_lose_nothing_of_a_thousand_messages(children, tmp_path, segments):
+def test_eight_ranks_lose_nothing_of_two_thousand_messages(children, tmp_path, segments):
     """Rules 1, 2 and 7."""
-    found = broadcast(children, tmp_path, world=8, requests=1000, capacity=room(8))
-    print(f"1000 messages, 8 ranks: {found}")
-    assert found == [{"right": 1000}] * 8
+    found = broadcast(children, tmp_path, world=8, requests=2000, capacity=room(8))
+    print(f"2000 messages, 8 ranks: {found}")
+    assert found == [{"right": 2000}] * 8
     assert not segments()
 
 
