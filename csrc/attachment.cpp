@@ -5,6 +5,7 @@
 
 #include <cerrno>
 #include <new>
+#include <numeric>
 
 #include "host.hpp"
 #include "process.hpp"
@@ -413,6 +414,9 @@ bool Attachment::child_after_fork() noexcept {
   lock_ = std::move(child_lock_);
   lock_.keep_from_children();
   slot_ = child_slot_;
+  // A thread of the parent may have been between a block's count and this one.
+  uses_.store(std::accumulate(counts_.get(), counts_.get() + control_.block_count(), std::uint64_t{0}),
+              std::memory_order_relaxed);  // relaxed: the only thread
   PeerEntry& entry = control_.header().peers[value(slot_)];
   entry.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);  // informational
   entry.since.store(ticks_now(), std::memory_order_relaxed);

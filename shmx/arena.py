@@ -275,10 +275,9 @@ def _forget_default() -> None:
 
 
 def _leave() -> None:
-    # A child of multiprocessing joins its threads only after its finalizers; they may be sharing yet.
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    # A child of multiprocessing joins its threads, and those of executors, only after its finalizers; they may be
+    # sharing yet. What it calls then is called here already; the second call does nothing.
+    threading._shutdown()  # type: ignore[attr-defined]
     _core.leave_all()
 
 

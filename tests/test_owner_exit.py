@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import json
 import pickle
 import random
@@ -457,4 +458,23 @@ def test_a_child_of_os_fork_leaves_its_own_arena_at_exit(segments):
     ended = run_script(FORK_AND_END)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout == "[]\n"
+    assert not segments()
+
+
+_executors = []
+
+
+def share_in_an_executor(_):
+    executor = concurrent.futures.ThreadPoolExecutor(1)
+    _executors.append(executor)  # as a module would keep it: nobody shuts it down
+    with shmx.readers(1):
+        return executor.submit(lambda: pickle.dumps(shmx.share(pattern(1)))).result()
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_a_child_with_an_idle_executor_ends_and_what_it_sent_is_kept(children, method, segments):
+    """Rules 2 and 7: the threads of executors wait for work until the interpreter tells them to end."""
+    handle = pickle.loads(children.start(share_in_an_executor, method=method).result())
+    assert is_pattern(handle.view(), 1)
+    del handle
     assert not segments()

@@ -378,11 +378,10 @@ TEST_CASE("a bare clone of a consumer leaves the consumer's slot alone") {
 TEST_CASE("children forked while threads allocate, load and release can use what they inherit") {
   Published published;
   const auto arena = published.arena;
-  std::atomic<bool> done{false};
   std::vector<std::jthread> threads;
   for (int i = 0; i < 2; ++i) {
-    threads.emplace_back([&] {
-      for (std::uint64_t k = 0; !done.load(); ++k) {
+    threads.emplace_back([&](const std::stop_token& stop) {
+      for (std::uint64_t k = 0; !stop.stop_requested(); ++k) {
         const Allocation made = arena->allocate(ByteCount{1000 + k % 7 * 3000});
         const HandleState state = send(made.hold, exactly(1));
         (void)load(*arena->attachment(), state);
@@ -393,6 +392,11 @@ TEST_CASE("children forked while threads allocate, load and release can use what
   }
   for (int round = 0; round < 25; ++round) {
     Child child([&](Line&) {
+      // The counts of a block and of all blocks agree, or this process would never find that it uses nothing.
+      std::uint64_t uses = 0;
+      Attachment& attachment = published.made.hold.attachment();
+      for (std::uint32_t i = 0; i < attachment.control().block_count(); ++i) uses += attachment.uses_of(BlockIndex{i});
+      expect(uses == attachment.uses());
       expect(is_filled(published.made.hold, 44));
       published.made.hold.release();
       const auto own = Arena::create(small_options());
@@ -401,7 +405,6 @@ TEST_CASE("children forked while threads allocate, load and release can use what
     });
     child.join();
   }
-  done.store(true);
   threads.clear();
   CHECK(is_filled(published.made.hold, 44));
   (void)arena->sweep(false);
@@ -413,9 +416,8 @@ TEST_CASE("rule 7: a child forked while another thread makes an arena does not k
   std::vector<std::unique_ptr<Child>> children;
   std::vector<std::string> names;
   {
-    std::atomic<bool> done{false};
-    std::jthread maker([&] {
-      while (!done.load()) {
+    const std::jthread maker([&](const std::stop_token& stop) {
+      while (!stop.stop_requested()) {
         const auto arena = Arena::create(small_options());
         names.push_back(arena->name());
       }
@@ -423,7 +425,6 @@ TEST_CASE("rule 7: a child forked while another thread makes an arena does not k
     for (int i = 0; i < 40; ++i) {
       children.push_back(std::make_unique<Child>([](Line& line) { (void)line.hear(); }));
     }
-    done.store(true);
   }
   // The owner has closed each of them, nothing was outstanding: a name that is left is one whose lock lives on.
   std::size_t left = 0;

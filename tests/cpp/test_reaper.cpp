@@ -3,6 +3,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <thread>
 #include <vector>
 
 #include "process.hpp"
@@ -378,6 +380,34 @@ TEST_CASE("reapers at the same time remove an arena once and leave nothing") {
     for (auto& reaper : reapers) reaper->join();
     (void)reap_all(Expiry::kTimeToLive);
     CHECK_FALSE(arena_exists(state.arena));
+  }
+}
+
+TEST_CASE("rule 2: an arena that one thread closes while another lets go of its last block keeps what was sent") {
+  for (int round = 0; round < 300; ++round) {
+    auto arena = Arena::create(small_options());
+    Allocation made = arena->allocate(ByteCount{5000});
+    fill(made, 55);
+    const HandleState state = send(made.hold, exactly(1));
+    std::atomic<int> ready{0};
+    const auto together = [&ready] {
+      ++ready;
+      while (ready.load() < 2) std::this_thread::yield();
+    };
+    {
+      std::jthread releasing([&] {
+        together();
+        made.hold.release();
+      });
+      together();
+      arena->close();
+    }
+    arena.reset();
+    REQUIRE(arena_exists(state.arena));
+    {
+      REQUIRE(is_filled(load_here(state), 55));
+    }
+    REQUIRE_FALSE(arena_exists(state.arena));
   }
 }
 
