@@ -322,10 +322,10 @@ void Attachment::drop_dead_mappings() {
 }
 
 bool Attachment::retire_under_locks(bool only_if_unused) {
-  if (!usable()) return false;
   {
     const AllBlockLocks guard;
-    if (only_if_unused && uses_.load(std::memory_order_relaxed) != 0) return false;
+    // Under the locks: of two threads that end the same membership, one does.
+    if (!usable() || (only_if_unused && uses_.load(std::memory_order_relaxed) != 0)) return false;
     inert_.store(true, std::memory_order_relaxed);
     const std::uint32_t count = control_.block_count();
     for (std::uint32_t i = 0; i < count; ++i) {
@@ -336,7 +336,7 @@ bool Attachment::retire_under_locks(bool only_if_unused) {
   return true;
 }
 
-void Attachment::retire() { retire_under_locks(false); }
+bool Attachment::retire() { return retire_under_locks(false); }
 
 bool Attachment::retire_if_unused() { return retire_under_locks(true); }
 

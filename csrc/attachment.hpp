@@ -98,8 +98,8 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   void require_usable() const;
   [[nodiscard]] bool usable() const;
   // Drops every use and gives up the slot; live Hold objects and mappings stay valid but mean nothing to
-  // others any more. At the end of the process, or when the arena is gone.
-  void retire();
+  // others any more. At the end of the process, or when the arena is gone. False if that was done before.
+  bool retire();
   // retire(), unless a use has begun meanwhile.
   bool retire_if_unused();
   // After retire(), with no use left: unmaps the data, and puts private zeros in the place of the control segment,

@@ -59,6 +59,9 @@ namespace shmx {
 namespace {
 
 constexpr std::uint64_t kCopyWithoutGil = 64U << 10;
+// Tensors that share a block begin at a cache line each.
+constexpr std::uint64_t kPartAlignment = 64;
+constexpr std::uint64_t kLargestTogether = 1ULL << 48;
 
 // ---- errors
 
@@ -292,9 +295,17 @@ class ReadersContext {
 class SharedTensor {
  public:
   explicit SharedTensor(Handle handle) : handle_(std::move(handle)) {}
+  // One tensor of several in a block: `whole` is the SharedTensor of all its bytes, and travels once for all of them.
+  SharedTensor(Handle handle, py::object whole) : handle_(std::move(handle)), whole_(std::move(whole)) {}
 
-  // One load: of a pickle's text, or of the bytes of to_bytes().
-  static SharedTensor from_text(const std::string& text) { return from_bytes(shmx::from_text(text)); }
+  // One load: of a pickle's text, or of the bytes of to_bytes(). With `whole` it is the load of that one.
+  static SharedTensor from_text(const std::string& text, const py::object& whole) {
+    if (whole.is_none()) return from_bytes(shmx::from_text(text));
+    py::detail::make_caster<SharedTensor> tensor;
+    if (!tensor.load(whole, false)) throw py::type_error("whole is the SharedTensor of a block, or None");
+    Handle part = py::detail::cast_op<const SharedTensor&>(tensor).handle_.part(decode_part(shmx::from_text(text)));
+    return part.available() ? SharedTensor(std::move(part), whole) : SharedTensor(std::move(part));
+  }
   static SharedTensor from_bytes(std::string_view bytes) {
     const HandleState state = decode_handle(bytes);
     if (state.reason == ErrorCode::kNone && find_attachment(state.arena) != nullptr) {
@@ -318,6 +329,13 @@ class SharedTensor {
     return bytes;
   }
 
+  // What a pickle calls to make this handle again, and with what.
+  [[nodiscard]] py::tuple reduce() const {
+    const py::type type = py::type::of<SharedTensor>();
+    if (!whole_ || bound_readers_ || !available()) return py::make_tuple(type, py::make_tuple(to_text(to_bytes())));
+    return py::make_tuple(type, py::make_tuple(to_text(encode_part(meta())), whole_));
+  }
+
   [[nodiscard]] SharedTensor with_readers(const py::int_& count) const {
     SharedTensor bound(handle_.share());
     bound.bound_readers_ = ReadersContext::checked(count);
@@ -325,7 +343,7 @@ class SharedTensor {
   }
 
   [[nodiscard]] SharedTensor copy() const {
-    SharedTensor same(handle_.share());
+    SharedTensor same(handle_.share(), whole_);
     same.bound_readers_ = bound_readers_;
     return same;
   }
@@ -403,7 +421,11 @@ class SharedTensor {
     return converts || copies ? array.attr("astype")(dtype.is_none() ? own : dtype) : array;
   }
 
-  void release() { handle_.release(); }
+  void release() {
+    handle_.release();
+    // Moved out first: its destructor may run Python, which may look at this handle.
+    const py::object whole = std::move(whole_);
+  }
   void revoke();
 
   [[nodiscard]] py::tuple shape() const {
@@ -445,6 +467,7 @@ class SharedTensor {
   }
 
   Handle handle_;
+  py::object whole_;
   std::optional<std::uint32_t> bound_readers_;
 };
 
@@ -472,10 +495,18 @@ std::shared_ptr<Arena> make_arena(const std::optional<py::int_>& capacity, const
   return Arena::create(options);
 }
 
-Allocation allocate(Arena& arena, std::uint64_t bytes, std::optional<double> timeout) {
-  if (timeout && std::isnan(*timeout)) throw py::value_error("timeout is a number of seconds, or None");
+// How an allocation gets its room.
+struct Wait {
+  std::optional<double> timeout;  // seconds; by default it fails at once
+  bool system_calls = true;       // false: throws NeedsSystemCall instead of making one
+};
+struct NeedsSystemCall {};
+
+Allocation allocate(Arena& arena, std::uint64_t bytes, Wait wait) {
+  if (wait.timeout && std::isnan(*wait.timeout)) throw py::value_error("timeout is a number of seconds, or None");
   if (auto found = arena.try_allocate(ByteCount{bytes})) return std::move(*found);
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout.value_or(0));
+  if (!wait.system_calls) throw NeedsSystemCall{};
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(wait.timeout.value_or(0));
   for (auto pause = std::chrono::microseconds(50);; pause = std::min(2 * pause, std::chrono::microseconds(5000))) {
     try {
       std::optional<std::string> notice;
@@ -517,36 +548,14 @@ std::uint64_t checked_bytes(const TensorMeta& meta) {
 }
 
 py::object arena_empty(Arena& arena, TensorMeta meta, std::optional<double> timeout) {
-  Allocation allocation = allocate(arena, checked_bytes(meta), timeout);
+  Allocation allocation = allocate(arena, checked_bytes(meta), {timeout});
   return make_tensor(allocation.data, meta, std::move(allocation.hold));
-}
-
-// Any layout, any device: torch copies into a tensor that lives in the arena.
-SharedTensor share_by_torch(Arena& arena, const py::object& tensor, TensorMeta meta, std::optional<double> timeout) {
-  Allocation allocation = allocate(arena, checked_bytes(meta), timeout);
-  const py::object target = make_tensor(allocation.data, meta, allocation.hold.share());
-  target.attr("copy_")(tensor.attr("detach")());
-  return SharedTensor(Handle(std::move(meta), std::move(allocation.hold)));
 }
 
 std::string describe_key(const TensorMeta& meta) {
   HandleState state;
   state.meta = meta;
   return encode_handle(state);
-}
-
-std::optional<SharedTensor> share_in_place(Arena& arena, const void* data, const TensorMeta& meta) {
-  if (!arena.may_contain(data)) return std::nullopt;
-  std::optional<Arena::Located> located;
-  {
-    const py::gil_scoped_release released;
-    located = arena.locate(data);
-  }
-  if (!located) return std::nullopt;
-  TensorMeta placed = meta;
-  placed.offset = located->offset;
-  if (placed.end() > located->block_bytes) return std::nullopt;
-  return SharedTensor(Handle(std::move(placed), std::move(located->hold)));
 }
 
 // Refuses what cannot be shared; answers the dtype of what can.
@@ -565,38 +574,49 @@ Dtype checked_dtype(const py::object& tensor) {
   return dtype;
 }
 
-SharedTensor share_tensor(Arena& arena, const py::object& tensor, Dtype dtype, std::optional<double> timeout) {
-  TensorMeta meta;
-  meta.dtype = dtype;
-  const bool on_cpu = get(tensor, torch->is_cpu).cast<bool>();
+// A tensor that is to be shared, as it is now.
+struct Source {
+  py::object tensor;
+  TensorMeta meta;                  // with strides unless it is contiguous or not on the CPU
+  std::uint64_t bytes = 0;          // of its elements
+  const std::byte* data = nullptr;  // nothing where only torch can read the elements
+};
+
+Source inspect(py::object tensor) {
+  Source source;
+  source.meta.dtype = checked_dtype(tensor);
+  source.tensor = std::move(tensor);
+  TensorMeta& meta = source.meta;
+  const bool on_cpu = get(source.tensor, torch->is_cpu).cast<bool>();
   dlpack::Tensor dl{};
   if (on_cpu) {
-    if (torch->exchange->tensor_from_object(tensor.ptr(), &dl) != 0) {
+    if (torch->exchange->tensor_from_object(source.tensor.ptr(), &dl) != 0) {
       const py::error_already_set refused;
       throw py::type_error(std::string("this tensor has no plain memory to share: ") + refused.what());
     }
     meta.shape.assign(dl.shape, dl.shape + dl.ndim);
   } else {
-    meta.shape = get(tensor, torch->shape).cast<std::vector<std::int64_t>>();
+    meta.shape = get(source.tensor, torch->shape).cast<std::vector<std::int64_t>>();
   }
-  const std::uint64_t bytes = checked_bytes(meta);
-  if (!on_cpu || get(tensor, torch->is_neg)().cast<bool>() || get(tensor, torch->is_conj)().cast<bool>()) {
-    return share_by_torch(arena, tensor, std::move(meta), timeout);
+  source.bytes = checked_bytes(meta);
+  if (!on_cpu || get(source.tensor, torch->is_neg)().cast<bool>() ||
+      get(source.tensor, torch->is_conj)().cast<bool>() || source.bytes == 0) {
+    return source;
   }
   bool contiguous = true;
-  if (bytes != 0 && dl.strides != nullptr) {
+  if (dl.strides != nullptr) {
     std::int64_t step = 1;
     for (std::int32_t i = dl.ndim; i-- > 0;) {
       contiguous = contiguous && (dl.shape[i] == 1 || dl.strides[i] == step);
       step *= dl.shape[i];
     }
   }
-  if (dl.data == nullptr && bytes != 0) {
+  if (dl.data == nullptr) {
     throw py::type_error(
         "this tensor has no memory behind it (a fake tensor, or one whose storage was freed); share one "
         "with data");
   }
-  const auto* data = static_cast<const std::byte*>(dl.data) + dl.byte_offset;
+  source.data = static_cast<const std::byte*>(dl.data) + dl.byte_offset;
   if (!contiguous) {
     meta.strides.assign(dl.strides, dl.strides + dl.ndim);
     // The stride of a dimension of size 1 is never stepped, and may be any number.
@@ -604,22 +624,53 @@ SharedTensor share_tensor(Arena& arena, const py::object& tensor, Dtype dtype, s
       if (meta.shape[i] == 1) meta.strides[i] = 1;
     }
   }
-  if (bytes != 0) {
-    if (auto shared = share_in_place(arena, data, meta)) return std::move(*shared);
-  }
-  if (!contiguous) {
-    meta.strides.clear();
-    return share_by_torch(arena, tensor, std::move(meta), timeout);
-  }
-  Allocation allocation = allocate(arena, bytes, timeout);
-  if (bytes != 0) copy_tensor_bytes(allocation.data, data, bytes);
-  return SharedTensor(Handle(std::move(meta), std::move(allocation.hold)));
+  return source;
 }
 
-SharedTensor arena_share(Arena& arena, const py::object& tensor, const std::optional<std::string>& key,
-                         std::optional<double> timeout) {
-  const Dtype dtype = checked_dtype(tensor);
-  if (!key) return share_tensor(arena, tensor, dtype, timeout);
+std::optional<SharedTensor> share_in_place(Arena& arena, const Source& source) {
+  if (source.data == nullptr || !arena.may_contain(source.data)) return std::nullopt;
+  std::optional<Arena::Located> located;
+  {
+    const py::gil_scoped_release released;
+    located = arena.locate(source.data);
+  }
+  if (!located) return std::nullopt;
+  TensorMeta placed = source.meta;
+  placed.offset = located->offset;
+  if (placed.end() > located->block_bytes) return std::nullopt;
+  return SharedTensor(Handle(std::move(placed), std::move(located->hold)));
+}
+
+// Writes the elements of sources into one block, contiguous each, and answers what each looks like there.
+TensorMeta fill(std::byte* block, const Hold& hold, const Source& source, std::uint64_t offset, std::size_t together) {
+  TensorMeta stored = source.meta;
+  stored.strides.clear();
+  stored.offset = offset;
+  if (source.data != nullptr && source.meta.strides.empty()) {
+    copy_bytes(block + offset, source.data, source.bytes, together);
+  } else if (source.bytes != 0) {
+    const py::gil_scoped_acquire held;
+    // Any layout, any device: torch copies into a tensor that lives in the arena.
+    make_tensor(block + offset, stored, hold.share()).attr("copy_")(source.tensor.attr("detach")());
+  }
+  return stored;
+}
+
+SharedTensor share_tensor(Arena& arena, const Source& source, Wait wait) {
+  if (auto shared = share_in_place(arena, source)) return std::move(*shared);
+  Allocation allocation = allocate(arena, source.bytes, wait);
+  TensorMeta stored;
+  {
+    std::optional<py::gil_scoped_release> released;
+    if (source.bytes > kCopyWithoutGil) released.emplace();
+    stored = fill(allocation.data, allocation.hold, source, 0, 0);
+  }
+  return SharedTensor(Handle(std::move(stored), std::move(allocation.hold)));
+}
+
+SharedTensor arena_share(Arena& arena, const py::object& tensor, const std::optional<std::string>& key, Wait wait) {
+  const Source source = inspect(tensor);
+  if (!key) return share_tensor(arena, source, wait);
   if (key->empty()) throw py::value_error("key is a string that is not empty");
   std::optional<Arena::Keyed> known;
   {
@@ -628,17 +679,67 @@ SharedTensor arena_share(Arena& arena, const py::object& tensor, const std::opti
   }
   if (known) {
     TensorMeta meta = decode_handle(known->description).meta;
-    if (meta.shape != get(tensor, torch->shape).cast<std::vector<std::int64_t>>() || meta.dtype != dtype) {
+    if (meta.shape != source.meta.shape || meta.dtype != source.meta.dtype) {
       throw py::value_error("key '" + *key +
                             "' is taken by a tensor of another shape or dtype; a key names content, "
                             "so give different content a different key");
     }
     return SharedTensor(Handle(std::move(meta), std::move(known->hold)));
   }
-  SharedTensor shared = share_tensor(arena, tensor, dtype, timeout);
+  SharedTensor shared = share_tensor(arena, source, wait);
   {
     const py::gil_scoped_release released;
     arena.note_key(*key, shared.handle().require(), describe_key(shared.handle().meta()));
+  }
+  return shared;
+}
+
+// Nothing if it takes a system call, or a wait for another thread that makes one.
+std::optional<SharedTensor> arena_try_share(Arena& arena, const py::object& tensor) {
+  try {
+    return arena_share(arena, tensor, std::nullopt, {std::nullopt, false});
+  } catch (const NeedsSystemCall&) {
+    return std::nullopt;
+  }
+}
+
+std::vector<SharedTensor> arena_share_many(Arena& arena, const py::iterable& tensors, std::optional<double> timeout) {
+  std::vector<Source> sources;
+  for (const py::handle tensor : tensors) sources.push_back(inspect(py::reinterpret_borrow<py::object>(tensor)));
+  std::vector<std::optional<SharedTensor>> in_place(sources.size());
+  std::vector<std::uint64_t> offsets(sources.size());
+  std::uint64_t total = 0;
+  std::size_t copies = 0;
+  for (std::size_t i = 0; i < sources.size(); ++i) {
+    if ((in_place[i] = share_in_place(arena, sources[i]))) continue;
+    ++copies;
+    offsets[i] = (total + kPartAlignment - 1) / kPartAlignment * kPartAlignment;
+    if (__builtin_add_overflow(offsets[i], sources[i].bytes, &total) || total > kLargestTogether) {
+      throw Error(ErrorCode::kArenaFull, "no arena holds tensors of more than 2^48 bytes", ENOSPC);
+    }
+  }
+  std::vector<SharedTensor> shared;
+  shared.reserve(sources.size());
+  if (copies <= 1) {
+    for (std::size_t i = 0; i < sources.size(); ++i) {
+      shared.push_back(in_place[i] ? std::move(*in_place[i]) : share_tensor(arena, sources[i], {timeout}));
+    }
+    return shared;
+  }
+  Allocation allocation = allocate(arena, total, {timeout});
+  std::vector<TensorMeta> stored(sources.size());
+  {
+    std::optional<py::gil_scoped_release> released;
+    if (total > kCopyWithoutGil) released.emplace();
+    for (std::size_t i = 0; i < sources.size(); ++i) {
+      if (!in_place[i]) stored[i] = fill(allocation.data, allocation.hold, sources[i], offsets[i], total);
+    }
+  }
+  const TensorMeta all{kBytesDtype, 0, {static_cast<std::int64_t>(total)}, {}};
+  const py::object whole = py::cast(SharedTensor(Handle(all, allocation.hold.share())));
+  for (std::size_t i = 0; i < sources.size(); ++i) {
+    shared.push_back(in_place[i] ? std::move(*in_place[i])
+                                 : SharedTensor(Handle(std::move(stored[i]), allocation.hold.share()), whole));
   }
   return shared;
 }
@@ -656,7 +757,7 @@ void SharedTensor::revoke() {
     const py::gil_scoped_release released;
     arena->revoke(hold);
   }
-  handle_.release();
+  release();
 }
 
 py::dict arena_stats(Arena& arena) {
@@ -758,11 +859,8 @@ PYBIND11_MODULE(_core, module) {
            [](ReadersContext& self, const py::object& type, const py::object&, const py::object&) { self.exit(type); });
 
   py::class_<SharedTensor>(module, "SharedTensor", doc::kSharedTensor)
-      .def(py::init(&SharedTensor::from_text), "text"_a)
-      .def("__reduce_ex__",
-           [](const SharedTensor& self, int) {
-             return py::make_tuple(py::type::of<SharedTensor>(), py::make_tuple(to_text(self.to_bytes())));
-           })
+      .def(py::init(&SharedTensor::from_text), "text"_a, "whole"_a = py::none())
+      .def("__reduce_ex__", [](const SharedTensor& self, int) { return self.reduce(); })
       .def("__copy__", &SharedTensor::copy)
       .def("__deepcopy__", [](const SharedTensor& self, const py::object&) { return self.copy(); })
       .def(
@@ -800,7 +898,13 @@ PYBIND11_MODULE(_core, module) {
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
       .def(py::init(&make_arena), py::kw_only(), "capacity"_a = py::none(), "segment_bytes"_a = py::none(),
            "ticket_ttl"_a = py::none(), "reuse_delay"_a = py::none(), "scrub"_a = false)
-      .def("share", &arena_share, "tensor"_a, py::kw_only(), "key"_a = py::none(), "timeout"_a = py::none())
+      .def(
+          "share",
+          [](Arena& arena, const py::object& tensor, const std::optional<std::string>& key,
+             std::optional<double> timeout) { return arena_share(arena, tensor, key, {timeout}); },
+          "tensor"_a, py::kw_only(), "key"_a = py::none(), "timeout"_a = py::none())
+      .def("share_many", &arena_share_many, "tensors"_a, py::kw_only(), "timeout"_a = py::none())
+      .def("try_share", &arena_try_share, "tensor"_a)
       .def(
           "empty",
           [](Arena& arena, const std::vector<std::int64_t>& shape, const py::object& dtype,

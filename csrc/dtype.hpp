@@ -33,6 +33,8 @@ inline constexpr std::array<DtypeInfo, 22> kDtypes{{
     {"float8_e8m0fnu", 14, 8, 1, 1}, {"float4_e2m1fn_x2", 17, 4, 2, 1},
 }};
 
+inline constexpr Dtype kBytesDtype{0};
+
 constexpr std::uint8_t value(Dtype dtype) { return static_cast<std::uint8_t>(dtype); }
 constexpr const DtypeInfo& info(Dtype dtype) { return kDtypes[value(dtype)]; }
 

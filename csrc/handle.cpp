@@ -41,6 +41,14 @@ Error carried(const HandleState& state) {
           system_errno};
 }
 
+void require_inside(const Hold& hold, const TensorMeta& meta) {
+  ControlSegment& control = hold.attachment().control();
+  // relaxed: the place of a held block does not change.
+  if (meta.end() <= control.block(hold.block()).place.bytes.load(std::memory_order_relaxed)) return;
+  throw Error(ErrorCode::kInvalidHandle, "not a valid shmx handle: its tensor is larger than block " +
+                                             std::to_string(value(hold.block())) + " of arena " + control.name());
+}
+
 }  // namespace
 
 void SentMessage::take_back() noexcept {
@@ -79,23 +87,19 @@ Handle Handle::load(const HandleState& state) {
     lost.origin_ = std::move(origin);
     return lost;
   }
-  // relaxed: the place of a held block does not change.
-  const std::uint64_t bytes =
-      hold.attachment().control().block(hold.block()).place.bytes.load(std::memory_order_relaxed);
-  if (state.meta.end() > bytes) {
-    throw Error(ErrorCode::kInvalidHandle, "not a valid shmx handle: its tensor is larger than block " +
-                                               std::to_string(value(state.block)) + " of arena " +
-                                               control_name(state.arena));
-  }
+  require_inside(hold, state.meta);
   Handle handle(state.meta, std::move(hold));
   return handle;
 }
 
-Handle Handle::share() const {
-  if (available()) return {meta_, hold_.share()};
-  Handle copy(meta_, *failure());
-  copy.origin_ = origin_;
-  return copy;
+Handle Handle::part(TensorMeta meta) const {
+  if (available()) {
+    require_inside(hold_, meta);
+    return {std::move(meta), hold_.share()};
+  }
+  Handle lost(std::move(meta), *failure());
+  lost.origin_ = origin_;
+  return lost;
 }
 
 const Hold& Handle::require() const {

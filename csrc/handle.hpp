@@ -42,7 +42,10 @@ class Handle {
   // the reason. Throws InvalidHandle if the handle cannot be true (its tensor exceeds its block).
   [[nodiscard]] static Handle load(const HandleState& state);
   // Another handle of the same block.
-  [[nodiscard]] Handle share() const;
+  [[nodiscard]] Handle share() const { return part(meta_); }
+  // A handle of another tensor in the same block; without data it carries the same reason as this one. Throws
+  // InvalidHandle if the tensor exceeds the block.
+  [[nodiscard]] Handle part(TensorMeta meta) const;
 
   [[nodiscard]] const TensorMeta& meta() const { return meta_; }
   [[nodiscard]] const HandleState& origin() const { return origin_; }

@@ -8,9 +8,10 @@
 namespace shmx {
 namespace {
 
-constexpr std::uint8_t kFormatVersion = 1;
-constexpr std::string_view kMagicBytes{"SX\x01", 3};
-static_assert(kFormatVersion == 1);
+// The third byte is the version of the format.
+constexpr std::string_view kHandleMagic{"SX\x01", 3};
+constexpr std::string_view kPartMagic{"SP\x01", 3};
+constexpr std::size_t kChecksumBytes = 4;
 
 enum HandleFlag : std::uint8_t { kHasMessage = 1, kHasStrides = 2, kHasReason = 4, kAllHandleFlags = 7 };
 
@@ -128,12 +129,59 @@ std::uint64_t TensorMeta::end() const {
   return offset + (last + 1) * info(dtype).bytes;
 }
 
+namespace {
+
+void write_meta(Writer& out, const TensorMeta& meta) {
+  out.varint(meta.offset);
+  out.byte(value(meta.dtype));
+  out.byte(static_cast<std::uint8_t>(meta.shape.size()));
+  for (const std::int64_t size : meta.shape) out.varint(static_cast<std::uint64_t>(size));
+  for (const std::int64_t stride : meta.strides) out.varint(static_cast<std::uint64_t>(stride));
+}
+
+TensorMeta read_meta(Reader& in, bool strided) {
+  TensorMeta meta;
+  meta.offset = static_cast<std::uint64_t>(in.bounded(kLargestBytes));
+  const std::uint8_t dtype = in.byte();
+  if (dtype >= kDtypes.size()) throw invalid("its dtype is unknown");
+  meta.dtype = Dtype{dtype};
+  const std::uint8_t dimensions = in.byte();
+  if (dimensions > kMaxDimensions) throw invalid("it has too many dimensions");
+  meta.shape.resize(dimensions);
+  for (std::int64_t& size : meta.shape) size = in.bounded(INT64_MAX);
+  if (strided) {
+    if (dimensions == 0) throw invalid("it has strides without dimensions");
+    meta.strides.resize(dimensions);
+    for (std::int64_t& stride : meta.strides) stride = in.bounded(kLargestBytes);
+  }
+  check_extents(meta);
+  return meta;
+}
+
+std::string sealed(Writer out) {
+  out.fixed(crc32(out.bytes_), kChecksumBytes);
+  return std::move(out.bytes_);
+}
+
+// What lies between the magic and the checksum.
+Reader opened(std::string_view bytes, std::string_view magic) {
+  if (bytes.size() < magic.size() + kChecksumBytes) throw invalid("it is too short");
+  if (bytes.substr(0, 2) != magic.substr(0, 2)) throw invalid("it does not start with the handle magic");
+  if (bytes[2] != magic[2]) throw invalid("its format version is not 1: use one shmx version everywhere");
+  const std::string_view body = bytes.substr(0, bytes.size() - kChecksumBytes);
+  Reader checksum(bytes.substr(body.size()));
+  if (checksum.fixed(kChecksumBytes) != crc32(body)) throw invalid("its checksum does not match");
+  return Reader(body.substr(magic.size()));
+}
+
+}  // namespace
+
 std::string encode_handle(const HandleState& state) {
   Writer out;
   out.bytes_.reserve(96);
-  out.bytes_.append(kMagicBytes);
-  const bool strided = !state.meta.strides.empty();
-  out.byte(static_cast<std::uint8_t>((state.message ? kHasMessage : 0) | (strided ? kHasStrides : 0) |
+  out.bytes_.append(kHandleMagic);
+  out.byte(static_cast<std::uint8_t>((state.message ? kHasMessage : 0) |
+                                     (state.meta.strides.empty() ? 0 : kHasStrides) |
                                      (state.reason != ErrorCode::kNone ? kHasReason : 0)));
   out.fixed(state.host, 4);
   out.fixed(value(state.arena), 8);
@@ -143,25 +191,13 @@ std::string encode_handle(const HandleState& state) {
     out.byte(state.message->cell);
     out.varint(state.message->tag);
   }
-  out.varint(state.meta.offset);
-  out.byte(value(state.meta.dtype));
-  out.byte(static_cast<std::uint8_t>(state.meta.shape.size()));
-  for (const std::int64_t size : state.meta.shape) out.varint(static_cast<std::uint64_t>(size));
-  for (const std::int64_t stride : state.meta.strides) out.varint(static_cast<std::uint64_t>(stride));
+  write_meta(out, state.meta);
   if (state.reason != ErrorCode::kNone) out.byte(static_cast<std::uint8_t>(state.reason));
-  out.fixed(crc32(out.bytes_), 4);
-  return std::move(out.bytes_);
+  return sealed(std::move(out));
 }
 
 HandleState decode_handle(std::string_view bytes) {
-  if (bytes.size() < kMagicBytes.size() + 4) throw invalid("it is too short");
-  if (bytes.substr(0, 2) != kMagicBytes.substr(0, 2)) throw invalid("it does not start with the handle magic");
-  if (bytes[2] != kMagicBytes[2]) throw invalid("its format version is not 1: use one shmx version everywhere");
-  const std::string_view body = bytes.substr(0, bytes.size() - 4);
-  Reader checksum(bytes.substr(bytes.size() - 4));
-  if (checksum.fixed(4) != crc32(body)) throw invalid("its checksum does not match");
-
-  Reader in(body.substr(kMagicBytes.size()));
+  Reader in = opened(bytes, kHandleMagic);
   HandleState state;
   const std::uint8_t flags = in.byte();
   if ((flags & ~kAllHandleFlags) != 0) throw invalid("it has unknown flags");
@@ -178,19 +214,7 @@ HandleState decode_handle(std::string_view bytes) {
     if (cell >= kMessageCells || tag > MessageCell::kTagMask) throw invalid("its message is out of range");
     state.message = MessageId{cell, static_cast<std::uint32_t>(tag)};
   }
-  state.meta.offset = static_cast<std::uint64_t>(in.bounded(kLargestBytes));
-  const std::uint8_t dtype = in.byte();
-  if (dtype >= kDtypes.size()) throw invalid("its dtype is unknown");
-  state.meta.dtype = Dtype{dtype};
-  const std::uint8_t dimensions = in.byte();
-  if (dimensions > kMaxDimensions) throw invalid("it has too many dimensions");
-  state.meta.shape.resize(dimensions);
-  for (std::int64_t& size : state.meta.shape) size = in.bounded(INT64_MAX);
-  if ((flags & kHasStrides) != 0) {
-    if (dimensions == 0) throw invalid("it has strides without dimensions");
-    state.meta.strides.resize(dimensions);
-    for (std::int64_t& stride : state.meta.strides) stride = in.bounded(kLargestBytes);
-  }
+  state.meta = read_meta(in, (flags & kHasStrides) != 0);
   if ((flags & kHasReason) != 0) {
     const std::uint8_t reason = in.byte();
     if (reason == 0 || reason > static_cast<std::uint8_t>(ErrorCode::kSystem) ||
@@ -200,8 +224,25 @@ HandleState decode_handle(std::string_view bytes) {
     state.reason = static_cast<ErrorCode>(reason);
   }
   if (!in.done()) throw invalid("it has bytes left over");
-  check_extents(state.meta);
   return state;
+}
+
+std::string encode_part(const TensorMeta& meta) {
+  Writer out;
+  out.bytes_.reserve(48);
+  out.bytes_.append(kPartMagic);
+  out.byte(meta.strides.empty() ? 0 : kHasStrides);
+  write_meta(out, meta);
+  return sealed(std::move(out));
+}
+
+TensorMeta decode_part(std::string_view bytes) {
+  Reader in = opened(bytes, kPartMagic);
+  const std::uint8_t flags = in.byte();
+  if ((flags & ~kHasStrides) != 0) throw invalid("it has unknown flags");
+  TensorMeta meta = read_meta(in, (flags & kHasStrides) != 0);
+  if (!in.done()) throw invalid("it has bytes left over");
+  return meta;
 }
 
 namespace {

@@ -44,7 +44,11 @@ inline constexpr std::size_t kMaxDimensions = 64;
 // Throws InvalidHandle unless every field is well-formed and in range.
 [[nodiscard]] HandleState decode_handle(std::string_view bytes);
 
-// The same as ASCII (base64), for pickles of every protocol. All texts start with kTextPrefix.
+// One tensor of several in a block, beside the handle of the whole block: which part of it.
+[[nodiscard]] std::string encode_part(const TensorMeta& meta);
+[[nodiscard]] TensorMeta decode_part(std::string_view bytes);
+
+// The same as ASCII (base64), for pickles of every protocol. All texts of handles start with kTextPrefix.
 inline constexpr std::string_view kTextPrefix = "U1gB";
 [[nodiscard]] std::string to_text(std::string_view bytes);
 [[nodiscard]] std::string from_text(std::string_view text);

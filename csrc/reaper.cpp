@@ -144,7 +144,7 @@ void reap_if_orphaned(Attachment& attachment) noexcept {
     }
     // This peer is alive and may load what is still on its way: nothing expires.
     if (reap(attachment.control(), hold_bit(attachment.slot()), Expiry::kNever) == Reaped::kRemoved) {
-      attachment.retire();
+      (void)attachment.retire();
       forget_attachment(attachment);
     }
   } catch (const std::exception&) {
@@ -175,12 +175,11 @@ void detach_from_orphans() noexcept {
 
 void leave(Attachment& attachment) noexcept {
   try {
-    if (!attachment.usable()) return;
+    // Another thread may be leaving at this moment: the one that has ended the membership does the rest.
+    if (!attachment.retire()) return;
     const bool owner = attachment.is_owner();
-    ControlHeader& header = attachment.control().header();
     // seq_cst: before the look at the holds in reap(), see reap_if_orphaned.
-    if (owner) header.owner_left.store(1, std::memory_order_seq_cst);
-    attachment.retire();
+    if (owner) attachment.control().header().owner_left.store(1, std::memory_order_seq_cst);
     (void)reap(attachment.control(), 0, Expiry::kTimeToLive);
     {
       const std::lock_guard guard(probe_mutex());

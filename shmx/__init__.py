@@ -19,7 +19,20 @@ if _sys.platform != "linux":
 import torch as _torch  # noqa: F401
 
 from shmx._core import SharedTensor, readers
-from shmx.arena import Arena, attach, configure, default_arena, discard, empty, gc, share, stats, trim
+from shmx.arena import (
+    Arena,
+    attach,
+    configure,
+    default_arena,
+    discard,
+    empty,
+    gc,
+    share,
+    share_async,
+    share_many,
+    stats,
+    trim,
+)
 from shmx.config import apply_environment as _apply_environment
 from shmx.errors import (
     ArenaFullError,
@@ -57,6 +70,8 @@ __all__ = [
     "gc",
     "readers",
     "share",
+    "share_async",
+    "share_many",
     "stats",
     "trim",
 ]
