@@ -81,8 +81,8 @@ class Arena(_core.Arena):
         self, tensor: torch.Tensor, *, key: str | None = None, timeout: float | None = None
     ) -> SharedTensor:
         """Publish a tensor without blocking the event loop; as :func:`shmx.share_async`."""
-        short = key is None and isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.itemsize <= _SHARED_ON_THE_LOOP
-        if short and (shared := self.try_share(tensor)) is not None:
+        short = isinstance(tensor, torch.Tensor) and tensor.numel() * tensor.itemsize <= _SHARED_ON_THE_LOOP
+        if short and key is None and (shared := self.try_share(tensor)) is not None:
             return shared
         loop = asyncio.get_running_loop()
         deadline = loop.time() + (timeout or 0.0)

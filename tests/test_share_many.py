@@ -182,7 +182,8 @@ def test_too_many_bytes_together_are_a_full_arena():
 def test_a_part_that_exceeds_its_block_is_refused():
     handles = shmx.share_many([torch.zeros(1000), torch.zeros(10)])
     larger = shmx.share_many([torch.zeros(10), torch.zeros(100_000)])
-    texts = [text for _, text, _ in pickletools.genops(dumps(larger, 0)) if isinstance(text, str) and text[:4] == "U1AB"]
+    arguments = [argument for _, argument, _ in pickletools.genops(dumps(larger, 0))]
+    texts = [text for text in arguments if isinstance(text, str) and text.startswith("U1AB")]
     whole = handles[0].__reduce_ex__(4)[1][1]
     assert whole.nbytes < larger[1].nbytes
     with pytest.raises(shmx.InvalidHandleError, match="larger than block"):
