@@ -353,7 +353,7 @@ void Arena::commit(std::uint32_t slot, std::uint64_t bytes) {
     step = bytes;
     reserve_segment(fd->get(), file_name, segment.committed, ByteCount{step});
   }
-  prefault(segment.base + segment.committed, step, Access::kReadWrite);
+  prefault(segment.base + segment.committed, step);
   space_.give({slot, segment.committed, step});
   segment.committed += step;
   reserved_ += step;

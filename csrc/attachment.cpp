@@ -286,8 +286,8 @@ void Attachment::map_all() {
     const SegmentEntry& entry = control_.header().segments[slot];
     if (entry.status.load(std::memory_order_acquire) != SegmentStatus::kLive) continue;
     const DataMapping& segment = map_segment(slot);
-    prefault(segment.mapping.base(), std::min(entry.committed.load(std::memory_order_acquire), segment.mapping.bytes()),
-             peer_access());
+    prefault(segment.mapping.base(),
+             std::min(entry.committed.load(std::memory_order_acquire), segment.mapping.bytes()));
   }
 }
 

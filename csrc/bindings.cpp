@@ -647,7 +647,7 @@ TensorMeta fill(std::byte* block, const Hold& hold, const Source& source, std::u
   stored.strides.clear();
   stored.offset = offset;
   if (source.data != nullptr && source.meta.strides.empty()) {
-    copy_bytes(block + offset, source.data, source.bytes, together);
+    copy_piece(block + offset, source.data, source.bytes, together);
   } else if (source.bytes != 0) {
     const py::gil_scoped_acquire held;
     // Any layout, any device: torch copies into a tensor that lives in the arena.
@@ -663,7 +663,7 @@ SharedTensor share_tensor(Arena& arena, const Source& source, Wait wait) {
   {
     std::optional<py::gil_scoped_release> released;
     if (source.bytes > kCopyWithoutGil) released.emplace();
-    stored = fill(allocation.data, allocation.hold, source, 0, 0);
+    stored = fill(allocation.data, allocation.hold, source, 0, source.bytes);
   }
   return SharedTensor(Handle(std::move(stored), std::move(allocation.hold)));
 }

@@ -179,13 +179,16 @@ void copy_non_temporal(void* destination, const void* source, std::size_t bytes)
   fence();
 }
 
-void copy_bytes(void* destination, const void* source, std::size_t bytes, std::size_t together) {
+void copy_bytes(void* destination, const void* source, std::size_t bytes) {
+  copy_piece(destination, source, bytes, bytes);
+}
+
+void copy_piece(void* destination, const void* source, std::size_t bytes, std::size_t together) {
   // Below the smallest size measured there is no need to know the threshold.
   constexpr std::size_t kAlwaysPlain = 256U << 10;
-  // Small pieces of a batch stay plain: the fence at the end of each costs more than it saves.
+  // Smaller pieces stay plain: the fence at the end of each costs more than it saves.
   constexpr std::size_t kSmallestPiece = 16U << 10;
-  const std::size_t moved = std::max(bytes, together);
-  if (moved < kAlwaysPlain || bytes < kSmallestPiece || moved < non_temporal_threshold()) {
+  if (together < kAlwaysPlain || bytes < kSmallestPiece || together < non_temporal_threshold()) {
     copy_plain(destination, source, bytes);
   } else {
     copy_non_temporal(destination, source, bytes);

@@ -7,8 +7,9 @@ namespace shmx {
 
 // Copies `bytes` between buffers that do not overlap. When it returns, the stores are ordered before any
 // later store of this thread (non-temporal ones are fenced), so the block may be published.
-// `together`: how many bytes one batch of copies moves; what does not fit the cache as a whole streams piece by piece.
-void copy_bytes(void* destination, const void* source, std::size_t bytes, std::size_t together = 0);
+void copy_bytes(void* destination, const void* source, std::size_t bytes);
+// The same for one piece of a batch that moves `together` bytes: what does not fit the cache as a whole streams.
+void copy_piece(void* destination, const void* source, std::size_t bytes, std::size_t together);
 
 // From this size on copies use non-temporal stores. Measured once per process, on the first question, in some
 // milliseconds, unless it was set before. SIZE_MAX where the processor has none.

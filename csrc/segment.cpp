@@ -26,9 +26,6 @@ constexpr std::size_t kHexDigits = 16;
 #ifndef MADV_POPULATE_READ
 constexpr int MADV_POPULATE_READ = 22;
 #endif
-#ifndef MADV_POPULATE_WRITE
-constexpr int MADV_POPULATE_WRITE = 23;
-#endif
 
 }  // namespace
 
@@ -189,12 +186,13 @@ void Mapping::replace_by_zeros() {
       ::mmap(base_, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
 }
 
-void prefault(std::byte* base, std::uint64_t bytes, Access access) {
+void prefault(std::byte* base, std::uint64_t bytes) {
   const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
   const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(base) / page * page;
   const std::uintptr_t end = reinterpret_cast<std::uintptr_t>(base) + bytes;
-  ::madvise(reinterpret_cast<void*>(start), end - start,
-            access == Access::kReadWrite ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
+  // Entries of a shared mapping of tmpfs are writable even if they were made for reading, which takes a third of the
+  // time of MADV_POPULATE_WRITE: the kernel enters neighbours together.
+  ::madvise(reinterpret_cast<void*>(start), end - start, MADV_POPULATE_READ);
 }
 
 std::string control_name(ArenaId arena) {

@@ -116,7 +116,7 @@ class Mapping {
 
 // Enters the pages of a reserved range into this process's page table, so that first use does not fault.
 // Best effort: kernels before 5.14 do without.
-void prefault(std::byte* base, std::uint64_t bytes, Access access);
+void prefault(std::byte* base, std::uint64_t bytes);
 
 // Arena names: "/shmx-" and 16 hex digits; data segments append "." and their id.
 [[nodiscard]] std::string control_name(ArenaId arena);

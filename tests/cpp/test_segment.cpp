@@ -155,8 +155,8 @@ TEST_CASE("a mapping shows the segment's bytes, and large ones start on a huge p
     Mapping writable(scratch.fd.get(), scratch.name, ByteCount{bytes}, Access::kReadWrite);
     const Mapping readable(scratch.fd.get(), scratch.name, ByteCount{bytes}, Access::kReadOnly);
     if (bytes >= 2U << 20) CHECK(reinterpret_cast<std::uintptr_t>(writable.base()) % (2U << 20) == 0);
-    prefault(writable.base(), bytes, Access::kReadWrite);
-    prefault(readable.base() + 5, bytes - 5, Access::kReadOnly);
+    prefault(writable.base(), bytes);
+    prefault(readable.base() + 5, bytes - 5);
     std::memset(writable.base(), 7, bytes);
     CHECK(std::all_of(readable.base(), readable.base() + bytes, [](std::byte b) { return b == std::byte{7}; }));
     writable = Mapping();
