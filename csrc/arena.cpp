@@ -8,6 +8,7 @@
 
 #include "error.hpp"
 #include "host.hpp"
+#include "numa.hpp"
 #include "peer_lock.hpp"
 #include "reaper.hpp"
 
@@ -15,13 +16,12 @@ namespace shmx {
 namespace {
 
 constexpr std::uint64_t kDefaultCapacity = 64ULL << 30;
-constexpr std::uint64_t kCommitStep = 2U << 20;
-constexpr std::uint64_t kLargestCommitStep = 32U << 20;
 constexpr std::uint64_t kLargestCapacity = 1ULL << 46;
 // How many blocks one allocation looks at before it prefers to grow.
 constexpr std::uint32_t kRecentLooks = 3;
 constexpr std::uint32_t kTurnLooks = 6;
 constexpr std::uint32_t kReclaimLooks = 64;
+constexpr Ticks kSweepPause = kTicksPerSecond / 10;
 
 Ticks to_ticks(double seconds) {
   return static_cast<Ticks>(std::clamp(seconds * kTicksPerSecond + 0.999, 0.0, 2147483647.0));
@@ -45,6 +45,16 @@ ArenaOptions checked(ArenaOptions options) {
     throw Error(ErrorCode::kInvalidArgument, "ticket_ttl and reuse_delay are seconds, not negative");
   }
   options.segment_bytes = round_up(std::min(options.segment_bytes, options.capacity), page);
+  const std::vector<int> nodes = memory_nodes();
+  if (!options.numa_node) {
+    // With one node there is nothing to ask the kernel for.
+    if (nodes.size() > 1) options.numa_node = current_node();
+  } else if (std::find(nodes.begin(), nodes.end(), *options.numa_node) == nodes.end()) {
+    std::string known;
+    for (const int node : nodes) known += (known.empty() ? "" : ", ") + std::to_string(node);
+    throw Error(ErrorCode::kInvalidArgument,
+                "numa_node " + std::to_string(*options.numa_node) + " has no memory here; the nodes are " + known);
+  }
   return options;
 }
 
@@ -77,6 +87,10 @@ std::shared_ptr<Arena> Arena::create(ArenaOptions options) {
       guard.unlock();
       std::shared_ptr<Arena> arena(new Arena(options, attachment));
       attachment->set_owner(arena);
+      {
+        const std::lock_guard reserving(arena->mutex_);
+        arena->want_growth();
+      }
       return arena;
     } catch (...) {
       unlink_segment(name);
@@ -128,16 +142,19 @@ std::optional<Allocation> Arena::try_allocate(ByteCount bytes) {
 }
 
 Allocation Arena::allocate(ByteCount bytes) {
+  const std::uint64_t size = checked_block_bytes(bytes);
+  {
+    const std::lock_guard guard(mutex_);
+    require_open();
+    if (auto found = allocate_without_growth(size)) return std::move(*found);
+  }
+  const std::lock_guard growing(growth_mutex_);
   const std::lock_guard guard(mutex_);
   require_open();
-  const std::uint64_t size = checked_block_bytes(bytes);
+  // The growth that was under way may have been enough.
   if (auto found = allocate_without_growth(size)) return std::move(*found);
-  // Growth is the moment to find out about dead peers: their blocks are cheaper than new ones.
-  const Ticks now = ticks_now();
-  if (!last_sweep_ || ticks_since(*last_sweep_, now) >= kTicksPerSecond / 10) {
-    if (sweep_dead_peers() != 0) {
-      if (auto found = allocate_without_growth(size)) return std::move(*found);
-    }
+  if (sweep_is_due() && sweep_dead_peers() != 0) {
+    if (auto found = allocate_without_growth(size)) return std::move(*found);
   }
   make_entry(size);
   // Room there may be already: what was missing was reserved memory for its entry.
@@ -271,6 +288,7 @@ Allocation Arena::place_block(const Range& range) {
   place.offset.store(range.offset, std::memory_order_relaxed);
   place.bytes.store(range.bytes, std::memory_order_relaxed);
   place.segment_slot.store(static_cast<std::uint16_t>(range.segment_slot), std::memory_order_relaxed);
+  want_growth();
   return hand_out(index);
 }
 
@@ -291,105 +309,6 @@ Allocation Arena::hand_out(std::uint32_t index) {
   control().header().owner_active.store(ticks_now(), std::memory_order_relaxed);
   ++published_;
   return allocation;
-}
-
-bool Arena::grow(std::uint64_t size) {
-  try {
-    // Behind the reserved part of a segment, where the most bytes are free already.
-    std::optional<std::uint32_t> best;
-    std::uint64_t best_tail = 0;
-    for (std::uint32_t slot = 0; slot < segments_.size(); ++slot) {
-      const Segment& segment = segments_[slot];
-      if (segment.id == 0) continue;
-      const std::uint64_t tail = space_.free_before(slot, segment.committed);
-      if (segment.bytes - segment.committed + tail < size || (best && tail <= best_tail)) continue;
-      best = slot;
-      best_tail = tail;
-    }
-    if (best) {
-      commit(*best, size - best_tail);
-      return true;
-    }
-    if (reserved_ + size > options_.capacity) {
-      growth_refusal_ = "the capacity of " + human_bytes(options_.capacity) + " is used up";
-      return false;
-    }
-    const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
-    const std::uint32_t slot = add_segment(std::max(options_.segment_bytes, round_up(size, page)));
-    try {
-      commit(slot, size);
-    } catch (...) {
-      drop_segment(slot);
-      throw;
-    }
-    return true;
-  } catch (const Error& error) {
-    if (error.code() != ErrorCode::kArenaFull) throw;
-    growth_refusal_ = error.what();
-    return false;
-  }
-}
-
-void Arena::commit(std::uint32_t slot, std::uint64_t bytes) {
-  Segment& segment = segments_[slot];
-  if (reserved_ + bytes > options_.capacity) {
-    throw no_space_error(name(), bytes, "the capacity of " + human_bytes(options_.capacity) + " is used up");
-  }
-  // Steps grow with the arena; what the request does not need is only taken where it is to be had.
-  const std::uint64_t ahead = std::clamp(reserved_ / 4, kCommitStep, kLargestCommitStep);
-  const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
-  const std::uint64_t room = std::min(segment.bytes - segment.committed, options_.capacity - reserved_);
-  std::uint64_t step = std::min(round_up(std::max(bytes, ahead), page), room);
-  const std::string file_name = data_name(control().arena(), segment.id);
-  auto fd = open_segment(file_name);
-  if (!fd) {
-    throw Error(ErrorCode::kSegmentLost,
-                "segment " + file_name + " has lost its name; somebody outside shmx removed it from /dev/shm", ENOENT);
-  }
-  try {
-    reserve_segment(fd->get(), file_name, segment.committed, ByteCount{step});
-  } catch (const Error& error) {
-    if (error.code() != ErrorCode::kArenaFull || step == bytes) throw;
-    step = bytes;
-    reserve_segment(fd->get(), file_name, segment.committed, ByteCount{step});
-  }
-  prefault(segment.base + segment.committed, step);
-  space_.give({slot, segment.committed, step});
-  segment.committed += step;
-  reserved_ += step;
-  // release: peers that read it may touch that many bytes.
-  control().header().segments[slot].committed.store(segment.committed, std::memory_order_release);
-}
-
-std::uint32_t Arena::add_segment(std::uint64_t bytes) {
-  auto slot = static_cast<std::uint32_t>(
-      std::find_if(segments_.begin(), segments_.end(), [](const Segment& s) { return s.id == 0; }) - segments_.begin());
-  if (slot == kMaxSegments) {
-    throw no_space_error(
-        name(), bytes,
-        "all " + std::to_string(kMaxSegments) + " segments are in use; raise segment_bytes (SHMX_SEGMENT_BYTES)");
-  }
-  if (slot == segments_.size()) segments_.emplace_back();
-  const std::uint32_t id = next_segment_id_++;
-  const std::string file_name = data_name(control().arena(), id);
-  const UniqueFd fd = create_segment(file_name);
-  try {
-    size_segment(fd.get(), file_name, ByteCount{bytes});
-    Mapping mapping(fd.get(), file_name, ByteCount{bytes}, Access::kReadWrite);
-    segments_[slot] = Segment{id, bytes, 0, mapping.base(), {}};
-    note_addresses(mapping.base(), bytes);
-    attachment_->add_mapping(slot, id, std::move(mapping));
-  } catch (...) {
-    unlink_segment(file_name);
-    throw;
-  }
-  SegmentEntry& shared = control().header().segments[slot];
-  shared.bytes.store(bytes, std::memory_order_relaxed);
-  shared.committed.store(0, std::memory_order_relaxed);
-  shared.status.store(SegmentStatus::kLive, std::memory_order_relaxed);
-  // release: whoever sees the id sees the rest.
-  shared.id.store(id, std::memory_order_release);
-  return slot;
 }
 
 void Arena::note_addresses(const std::byte* base, std::uint64_t bytes) {
@@ -425,6 +344,7 @@ void Arena::drop_empty_segments() {
 }
 
 std::uint64_t Arena::trim() {
+  const std::lock_guard growing(growth_mutex_);
   const std::lock_guard guard(mutex_);
   require_open();
   (void)sweep_dead_peers();
@@ -443,6 +363,8 @@ std::uint64_t Arena::trim() {
   drop_empty_segments();
   return before - reserved_;
 }
+
+bool Arena::sweep_is_due() const { return !last_sweep_ || ticks_since(*last_sweep_, ticks_now()) >= kSweepPause; }
 
 std::uint32_t Arena::sweep_dead_peers() {
   last_sweep_ = ticks_now();
@@ -551,15 +473,29 @@ void Arena::close() {
     const std::lock_guard guard(mutex_);
     if (closed_.exchange(true, std::memory_order_relaxed)) return;
   }
+  stop_growing();
   if (!attachment_->usable() || !attachment_->is_owner()) return;
   // Views of this process may still be alive: then the last of them takes the arena away.
   attachment_->set_on_idle([](Attachment& idle) noexcept { leave(idle); });
   if (attachment_->uses() == 0) leave(*attachment_);
 }
 
+void Arena::lock_for_fork() noexcept {
+  growth_mutex_.lock();
+  mutex_.lock();
+}
+
+void Arena::unlock_in_parent() noexcept {
+  mutex_.unlock();
+  growth_mutex_.unlock();
+}
+
 void Arena::unlock_in_child() noexcept {
   closed_.store(true, std::memory_order_relaxed);
+  // Its thread is the parent's.
+  (void)grower_.release();
   mutex_.unlock();
+  growth_mutex_.unlock();
 }
 
 }  // namespace shmx

@@ -19,6 +19,7 @@
 #include "attachment.hpp"
 #include "block_lists.hpp"
 #include "block_state.hpp"
+#include "grower.hpp"
 #include "layout.hpp"
 #include "process.hpp"
 #include "space.hpp"
@@ -31,6 +32,8 @@ struct ArenaOptions {
   double ticket_ttl = 300;                   // seconds
   double reuse_delay = 0.1;                  // seconds
   bool scrub = false;                        // clear blocks before they are used again
+  std::uint64_t reserve = 0;                 // bytes to take from the system ahead of need, in the background
+  std::optional<int> numa_node;              // where the memory is to lie; by default where the producer runs
 };
 
 struct Allocation {
@@ -44,6 +47,7 @@ struct ArenaStats {
   std::uint64_t reserved;   // bytes of shared memory taken from the system
   std::uint64_t in_blocks;  // bytes of blocks that hold a tensor or may be loaded yet
   std::uint64_t largest_free;
+  std::optional<int> numa_node;  // where the first page of the arena lies
   std::uint32_t segments;
   std::uint32_t blocks;
   std::uint32_t held_blocks;
@@ -95,6 +99,8 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   [[nodiscard]] std::optional<std::string> take_expiry_notice();
   // No more allocation. The arena leaves the system when nothing in it is in use any more.
   void close();
+  // Ends growth ahead of need; waits for the step that is under way.
+  void stop_growing();
   // Also after the process has left all its arenas.
   [[nodiscard]] bool closed() const { return closed_.load(std::memory_order_relaxed) || !attachment_->usable(); }
 
@@ -103,8 +109,8 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   [[nodiscard]] const ArenaOptions& options() const { return options_; }
   [[nodiscard]] std::string name() const { return attachment_->control().name(); }
 
-  void lock_for_fork() noexcept override { mutex_.lock(); }
-  void unlock_in_parent() noexcept override { mutex_.unlock(); }
+  void lock_for_fork() noexcept override;
+  void unlock_in_parent() noexcept override;
   void unlock_in_child() noexcept override;
 
  private:
@@ -138,12 +144,24 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   void free_block(std::uint32_t index);
   [[nodiscard]] Allocation place_block(const Range& range);
   [[nodiscard]] Allocation hand_out(std::uint32_t index);
+  // Where so many bytes can be had behind the reserved part of a segment, and how many of them are free there already.
+  struct Growth {
+    std::uint32_t slot;
+    std::uint64_t free;
+  };
+  [[nodiscard]] std::optional<Growth> growth_in_segments(std::uint64_t size) const;
   bool grow(std::uint64_t size);
   void commit(std::uint32_t slot, std::uint64_t bytes);
+  void enter(std::uint32_t slot, std::uint64_t bytes);
+  [[nodiscard]] std::uint64_t ahead() const;
+  void want_growth();
+  bool grow_ahead() noexcept;
   std::uint32_t add_segment(std::uint64_t bytes);
   void note_addresses(const std::byte* base, std::uint64_t bytes);
   void drop_segment(std::uint32_t slot);
   void drop_empty_segments();
+  // Growth is the moment to find out about dead peers: their blocks are cheaper than new ones.
+  [[nodiscard]] bool sweep_is_due() const;
   std::uint32_t sweep_dead_peers();
   std::uint32_t expire();
   [[nodiscard]] Error full(std::uint64_t size, const std::string& reason);
@@ -158,7 +176,10 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   std::atomic<std::uintptr_t> lowest_address_{UINTPTR_MAX};
   std::atomic<std::uintptr_t> highest_address_{0};
 
-  std::mutex mutex_;  // held across system calls; all below is guarded by it
+  // Held by whoever grows or drops segments, across system calls, before mutex_.
+  std::mutex growth_mutex_;
+  std::mutex mutex_;  // all below is guarded by it
+  std::unique_ptr<Grower> grower_;
   std::vector<Book> books_;
   std::vector<std::uint32_t> spare_entries_;
   BlockLists lists_;

@@ -6,6 +6,7 @@
 
 #include "arena.hpp"
 #include "error.hpp"
+#include "numa.hpp"
 
 namespace shmx {
 
@@ -49,6 +50,9 @@ ArenaStats Arena::stats() {
   stats.capacity = options_.capacity;
   stats.reserved = reserved_;
   stats.largest_free = space_.largest();
+  for (const Segment& segment : segments_) {
+    if (segment.committed != 0 && !stats.numa_node) stats.numa_node = node_of(segment.base);
+  }
   std::uint64_t holders = 0;
   for (std::uint32_t index = 0; index < books_.size(); ++index) {
     if (!books_[index].live) continue;

@@ -259,10 +259,7 @@ Attachment::DataMapping& Attachment::map_segment(std::uint32_t slot) {
   const std::string name = data_name(control_.arena(), id);
   const std::uint64_t bytes = entry.bytes.load(std::memory_order_relaxed);
   auto fd = open_segment(name);
-  if (!fd) {
-    throw Error(ErrorCode::kSegmentLost,
-                "segment " + name + " has lost its name; somebody outside shmx removed it from /dev/shm", ENOENT);
-  }
+  if (!fd) throw lost_name_error(name);
   const FileFacts facts = file_facts(fd->get(), name);
   if (facts.uid != ::geteuid()) {
     throw Error(ErrorCode::kInvalidHandle, "segment " + name + " belongs to another user id");

@@ -484,13 +484,16 @@ std::uint64_t positive_bytes(const py::int_& number, const char* name) {
 }
 
 std::shared_ptr<Arena> make_arena(const std::optional<py::int_>& capacity, const std::optional<py::int_>& segment_bytes,
-                                  std::optional<double> ticket_ttl, std::optional<double> reuse_delay, bool scrub) {
+                                  std::optional<double> ticket_ttl, std::optional<double> reuse_delay, bool scrub,
+                                  const std::optional<py::int_>& reserve, std::optional<int> numa_node) {
   ArenaOptions options;
   if (capacity) options.capacity = positive_bytes(*capacity, "capacity");
   if (segment_bytes) options.segment_bytes = positive_bytes(*segment_bytes, "segment_bytes");
   if (ticket_ttl) options.ticket_ttl = *ticket_ttl;
   if (reuse_delay) options.reuse_delay = *reuse_delay;
   options.scrub = scrub;
+  if (reserve) options.reserve = positive_bytes(*reserve, "reserve");
+  options.numa_node = numa_node;
   const py::gil_scoped_release released;
   return Arena::create(options);
 }
@@ -772,6 +775,7 @@ py::dict arena_stats(Arena& arena) {
   result["reserved_bytes"] = stats.reserved;
   result["bytes_in_use"] = stats.in_blocks;
   result["largest_free_bytes"] = stats.largest_free;
+  result["numa_node"] = stats.numa_node;
   result["segments"] = stats.segments;
   result["blocks"] = stats.blocks;
   result["held_blocks"] = stats.held_blocks;
@@ -897,7 +901,8 @@ PYBIND11_MODULE(_core, module) {
 
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
       .def(py::init(&make_arena), py::kw_only(), "capacity"_a = py::none(), "segment_bytes"_a = py::none(),
-           "ticket_ttl"_a = py::none(), "reuse_delay"_a = py::none(), "scrub"_a = false)
+           "ticket_ttl"_a = py::none(), "reuse_delay"_a = py::none(), "scrub"_a = false, "reserve"_a = py::none(),
+           "numa_node"_a = py::none())
       .def(
           "share",
           [](Arena& arena, const py::object& tensor, const std::optional<std::string>& key,
@@ -933,7 +938,9 @@ PYBIND11_MODULE(_core, module) {
     for (const auto& attachment : all_attachments()) names.push_back(attachment->control().name());
     return names;
   });
-  module.def("non_temporal_threshold", &non_temporal_threshold, py::call_guard<py::gil_scoped_release>());
+  module.def("non_temporal_threshold", &non_temporal_threshold);
+  module.def("measure_non_temporal_threshold", &measure_non_temporal_threshold,
+             py::call_guard<py::gil_scoped_release>());
   module.def("non_temporal_kind", &non_temporal_kind);
   module.def(
       "copy",

@@ -1,6 +1,7 @@
 #include "copy.hpp"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -8,7 +9,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <string>
+#include <system_error>
+
+#include "quiet_thread.hpp"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -106,10 +109,11 @@ double seconds_of(Stream copy, std::byte* to, const std::byte* from, std::size_t
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+constexpr std::size_t kSmallestMeasured = 512U << 10;
+
 // The smallest size from which non-temporal stores win at it and at every larger size tried. The destination
 // rotates through a buffer, as blocks of an arena do that are not used again at once.
 std::size_t measure_threshold() {
-  constexpr std::size_t kSmallest = 512U << 10;
   constexpr std::size_t kLargest = 8U << 20;
   constexpr std::size_t kBuffer = 2 * kLargest;
   if (streaming().copy == nullptr) return std::numeric_limits<std::size_t>::max();
@@ -121,7 +125,7 @@ std::size_t measure_threshold() {
   std::memset(memory, 1, 2 * kBuffer);
   const Stream plain = [](std::byte* to, const std::byte* from, std::size_t bytes) { std::memcpy(to, from, bytes); };
   std::size_t threshold = 2 * kLargest;
-  for (std::size_t bytes = kLargest; bytes >= kSmallest; bytes /= 2) {
+  for (std::size_t bytes = kLargest; bytes >= kSmallestMeasured; bytes /= 2) {
     double best_plain = 1e9;
     double best_streaming = 1e9;
     for (std::size_t round = 0; round < 4; ++round) {
@@ -140,20 +144,49 @@ std::size_t measure_threshold() {
 }  // namespace
 
 namespace {
-constexpr std::size_t kNotSet = 0;
-std::atomic<std::size_t> set_threshold{kNotSet};
+constexpr std::size_t kUnknown = 0;
+std::atomic<std::size_t> threshold{kUnknown};
+
+std::size_t guessed_threshold() {
+  static const std::size_t guessed = [] {
+    if (streaming().copy == nullptr) return std::numeric_limits<std::size_t>::max();
+    // What exceeds the core's own cache will not be found there by the next reader.
+    const auto cache = static_cast<std::size_t>(std::max(::sysconf(_SC_LEVEL2_CACHE_SIZE), 0L));
+    return std::clamp(2 * cache, std::size_t{1} << 20, std::size_t{8} << 20);
+  }();
+  return guessed;
+}
 }  // namespace
 
 void set_non_temporal_threshold(std::size_t bytes) {
   // relaxed: a number by itself; a copy that misses it is slower, not wrong.
-  set_threshold.store(std::max<std::size_t>(bytes, 1), std::memory_order_relaxed);
+  threshold.store(std::max<std::size_t>(bytes, 1), std::memory_order_relaxed);
 }
 
 std::size_t non_temporal_threshold() {
-  if (const std::size_t chosen = set_threshold.load(std::memory_order_relaxed); chosen != kNotSet) return chosen;
-  static const std::size_t measured = measure_threshold();
-  return measured;
+  const std::size_t known = threshold.load(std::memory_order_relaxed);
+  return known != kUnknown ? known : guessed_threshold();
 }
+
+void measure_non_temporal_threshold() {
+  if (threshold.load(std::memory_order_relaxed) != kUnknown) return;
+  const std::size_t measured = measure_threshold();
+  std::size_t unknown = kUnknown;
+  // It may have been set meanwhile.
+  threshold.compare_exchange_strong(unknown, measured, std::memory_order_relaxed);
+}
+
+namespace {
+void measure_in_background() {
+  static std::atomic<bool> begun{false};
+  if (begun.exchange(true, std::memory_order_relaxed)) return;
+  try {
+    quiet_thread("shmx-measure", &measure_non_temporal_threshold).detach();
+  } catch (const std::system_error&) {
+    return;  // no thread to be had: the guess stays
+  }
+}
+}  // namespace
 
 const char* non_temporal_kind() { return streaming().kind; }
 
@@ -184,11 +217,14 @@ void copy_bytes(void* destination, const void* source, std::size_t bytes) {
 }
 
 void copy_piece(void* destination, const void* source, std::size_t bytes, std::size_t together) {
-  // Below the smallest size measured there is no need to know the threshold.
-  constexpr std::size_t kAlwaysPlain = 256U << 10;
   // Smaller pieces stay plain: the fence at the end of each costs more than it saves.
   constexpr std::size_t kSmallestPiece = 16U << 10;
-  if (together < kAlwaysPlain || bytes < kSmallestPiece || together < non_temporal_threshold()) {
+  std::size_t limit = threshold.load(std::memory_order_relaxed);
+  if (limit == kUnknown) {
+    limit = guessed_threshold();
+    if (together >= kSmallestMeasured && bytes >= kSmallestPiece) measure_in_background();
+  }
+  if (together < limit || bytes < kSmallestPiece) {
     copy_plain(destination, source, bytes);
   } else {
     copy_non_temporal(destination, source, bytes);

@@ -11,10 +11,11 @@ void copy_bytes(void* destination, const void* source, std::size_t bytes);
 // The same for one piece of a batch that moves `together` bytes: what does not fit the cache as a whole streams.
 void copy_piece(void* destination, const void* source, std::size_t bytes, std::size_t together);
 
-// From this size on copies use non-temporal stores. Measured once per process, on the first question, in some
-// milliseconds, unless it was set before. SIZE_MAX where the processor has none.
+// From this size on copies use non-temporal stores. A guess from the size of the cache, until it is set, or measured:
+// the first large copy starts a thread that does that in some tens of milliseconds. SIZE_MAX where there are none.
 [[nodiscard]] std::size_t non_temporal_threshold();
 void set_non_temporal_threshold(std::size_t bytes);
+void measure_non_temporal_threshold();
 
 // The two ways, for the measurement and for benchmarks.
 void copy_plain(void* destination, const void* source, std::size_t bytes);

@@ -79,6 +79,12 @@ std::uint64_t read_stat(const std::string& path, const std::string& key) {
   return 0;
 }
 
+struct statvfs shm_filesystem() {
+  struct statvfs facts{};
+  if (::statvfs("/dev/shm", &facts) != 0) throw system_error("statvfs", "/dev/shm", errno);
+  return facts;
+}
+
 }  // namespace
 
 std::uint32_t host_id() {
@@ -116,9 +122,13 @@ std::optional<std::uint64_t> memory_cgroup_room() {
 }
 
 std::uint64_t shm_filesystem_bytes() {
-  struct statvfs facts{};
-  if (::statvfs("/dev/shm", &facts) != 0) throw system_error("statvfs", "/dev/shm", errno);
+  const struct statvfs facts = shm_filesystem();
   return static_cast<std::uint64_t>(facts.f_blocks) * facts.f_frsize;
+}
+
+std::uint64_t shm_filesystem_room() {
+  const struct statvfs facts = shm_filesystem();
+  return static_cast<std::uint64_t>(facts.f_bavail) * facts.f_frsize;
 }
 
 std::uint64_t random_id() {

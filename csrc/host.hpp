@@ -19,8 +19,9 @@ namespace shmx {
 // there is no limit. Advisory: other processes of the group allocate too.
 [[nodiscard]] std::optional<std::uint64_t> memory_cgroup_room();
 
-// Size of the file system at /dev/shm.
+// Size of the file system at /dev/shm, and what it has left.
 [[nodiscard]] std::uint64_t shm_filesystem_bytes();
+[[nodiscard]] std::uint64_t shm_filesystem_room();
 
 // Unpredictable 64 bits for names.
 [[nodiscard]] std::uint64_t random_id();

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "arena.hpp"
 #include "attachment.hpp"
 #include "block_state.hpp"
 #include "error.hpp"
@@ -175,6 +176,7 @@ void detach_from_orphans() noexcept {
 
 void leave(Attachment& attachment) noexcept {
   try {
+    if (const auto arena = attachment.owner()) arena->stop_growing();
     // Another thread may be leaving at this moment: the one that has ended the membership does the rest.
     if (!attachment.retire()) return;
     const bool owner = attachment.is_owner();

@@ -68,6 +68,11 @@ std::optional<UniqueFd> open_segment(const std::string& name) {
   throw system_error("shm_open", name, errno);
 }
 
+Error lost_name_error(const std::string& name) {
+  return {ErrorCode::kSegmentLost,
+          "segment " + name + " has lost its name; somebody outside shmx removed it from /dev/shm", ENOENT};
+}
+
 bool unlink_segment(const std::string& name) {
   if (::shm_unlink(name.c_str()) == 0) return true;
   if (errno == ENOENT) return false;
@@ -125,10 +130,7 @@ int SegmentFile::fd() {
   if (fd_.valid() && still_ours()) return fd_.get();
   fd_.forget();
   auto again = open_segment(name_);
-  if (!again || file_facts(again->get(), name_).identity != identity_) {
-    throw Error(ErrorCode::kSegmentLost,
-                "segment " + name_ + " has lost its name; somebody outside shmx removed it from /dev/shm", ENOENT);
-  }
+  if (!again || file_facts(again->get(), name_).identity != identity_) throw lost_name_error(name_);
   fd_ = std::move(*again);
   return fd_.get();
 }

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "error.hpp"
 #include "layout.hpp"
 
 namespace shmx {
@@ -53,6 +54,8 @@ struct FileFacts {
 [[nodiscard]] UniqueFd create_segment(const std::string& name);
 // Opens an existing one read-write; nothing if there is no such name.
 [[nodiscard]] std::optional<UniqueFd> open_segment(const std::string& name);
+// For a name that must be there.
+[[nodiscard]] Error lost_name_error(const std::string& name);
 // True if the name was there.
 bool unlink_segment(const std::string& name);
 // Sets the size without reserving anything.

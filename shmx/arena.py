@@ -60,6 +60,8 @@ class Arena(_core.Arena):
         ticket_ttl: float | None = None,
         reuse_delay: float | None = None,
         scrub: bool | None = None,
+        reserve: int | None = None,
+        numa_node: int | None = None,
     ) -> None:
         preset = ArenaConfig.from_environment()
         super().__init__(
@@ -68,6 +70,8 @@ class Arena(_core.Arena):
             ticket_ttl=preset.ticket_ttl if ticket_ttl is None else ticket_ttl,
             reuse_delay=preset.reuse_delay if reuse_delay is None else reuse_delay,
             scrub=(preset.scrub or False) if scrub is None else scrub,
+            reserve=preset.reserve if reserve is None else reserve,
+            numa_node=preset.numa_node if numa_node is None else numa_node,
         )
 
     def empty(
@@ -143,6 +147,8 @@ def configure(
     ticket_ttl: float | None = None,
     reuse_delay: float | None = None,
     scrub: bool | None = None,
+    reserve: int | None = None,
+    numa_node: int | None = None,
 ) -> None:
     """Set what the default arena is made with. Call it before the first :func:`share`.
 
@@ -159,7 +165,7 @@ def configure(
                 f"the default arena {_default.name} exists already; call shmx.configure before the first share, "
                 "or make an Arena(...) of its own"
             )
-        settings = ArenaConfig(capacity, segment_bytes, ticket_ttl, reuse_delay, scrub)
+        settings = ArenaConfig(capacity, segment_bytes, ticket_ttl, reuse_delay, scrub, reserve, numa_node)
         _configured.update({name: value for name, value in vars(settings).items() if value is not None})
 
 

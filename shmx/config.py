@@ -42,6 +42,12 @@ def _seconds(name: str, text: str) -> float:
     return seconds
 
 
+def _node(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{name}={text!r} is not a NUMA node; give its number")
+    return int(text)
+
+
 def _flag(name: str, text: str) -> bool:
     if text.lower() in _TRUE:
         return True
@@ -85,6 +91,12 @@ class ArenaConfig:
         Default 0.1. Environment: ``SHMX_REUSE_DELAY``.
     scrub
         Clear a block before it is used again. Default off. Environment: ``SHMX_SCRUB``.
+    reserve
+        Bytes to take from the system in the background as soon as the arena is made, so that a burst of requests does
+        not wait for them. Default: a few MiB ahead of what is in use. Environment: ``SHMX_RESERVE``.
+    numa_node
+        The NUMA node whose memory to prefer. Default: that of the processor on which the arena is made.
+        Environment: ``SHMX_NUMA_NODE``.
     """
 
     capacity: int | None = None
@@ -92,6 +104,8 @@ class ArenaConfig:
     ticket_ttl: float | None = None
     reuse_delay: float | None = None
     scrub: bool | None = None
+    reserve: int | None = None
+    numa_node: int | None = None
 
     @classmethod
     def from_environment(cls) -> ArenaConfig:
@@ -102,8 +116,10 @@ class ArenaConfig:
             text = os.environ.get(name)
             if text is None:
                 continue
-            if field.name in ("capacity", "segment_bytes"):
+            if field.name in ("capacity", "segment_bytes", "reserve"):
                 values[field.name] = _bytes(name, text)
+            elif field.name == "numa_node":
+                values[field.name] = _node(name, text)
             elif field.name == "scrub":
                 values[field.name] = _flag(name, text)
             else:

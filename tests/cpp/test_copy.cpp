@@ -109,6 +109,9 @@ TEST_CASE("the threshold is what was set, and copies are right on both sides of 
 }
 
 TEST_CASE("in a process of its own: the measured threshold" * doctest::skip()) {
+  const std::size_t guessed = non_temporal_threshold();
+  CHECK(guessed >= 1U << 20);
+  measure_non_temporal_threshold();
   const std::size_t threshold = non_temporal_threshold();
   CHECK(threshold == non_temporal_threshold());
   if (std::string(non_temporal_kind()) == "none") {

@@ -1,0 +1,208 @@
+// How an arena grows: bytes are reserved and entered into this process's page table in steps behind the part of a
+// segment that is reserved already, or in a new segment; on the path of a request only what it needs, the rest
+// ahead of need by the grower's thread.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "arena.hpp"
+#include "error.hpp"
+#include "host.hpp"
+#include "numa.hpp"
+
+namespace shmx {
+namespace {
+
+constexpr std::uint64_t kStep = 2U << 20;
+constexpr std::uint64_t kLargestAhead = 32U << 20;
+// One step of the background: a request that must wait for it waits for a millisecond or two.
+constexpr std::uint64_t kBackgroundStep = 4U << 20;
+// Below this capacity there is little to gain, and every byte ahead of need is missing elsewhere.
+constexpr std::uint64_t kSmallestGrowingAhead = 64U << 20;
+
+std::uint64_t page_size() {
+  static const auto size = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  return size;
+}
+
+std::uint64_t whole_pages(std::uint64_t bytes) { return (bytes + page_size() - 1) / page_size() * page_size(); }
+
+// What /dev/shm has to have left before anything is taken from it ahead of need.
+bool plenty_left(std::uint64_t bytes) {
+  const auto room = memory_cgroup_room();
+  return shm_filesystem_room() / 4 >= bytes && (!room || *room / 4 >= bytes);
+}
+
+}  // namespace
+
+std::uint64_t Arena::ahead() const { return std::clamp(reserved_ / 4, kStep, kLargestAhead); }
+
+std::optional<Arena::Growth> Arena::growth_in_segments(std::uint64_t size) const {
+  // Where the most bytes are free already.
+  std::optional<Growth> best;
+  for (std::uint32_t slot = 0; slot < segments_.size(); ++slot) {
+    const Segment& segment = segments_[slot];
+    if (segment.id == 0 || segment.committed == segment.bytes) continue;
+    const std::uint64_t tail = space_.free_before(slot, segment.committed);
+    if (segment.bytes - segment.committed + tail < size || (best && tail <= best->free)) continue;
+    best = Growth{slot, tail};
+  }
+  return best;
+}
+
+bool Arena::grow(std::uint64_t size) {
+  try {
+    if (const auto place = growth_in_segments(size)) {
+      commit(place->slot, size - place->free);
+      return true;
+    }
+    if (reserved_ + size > options_.capacity) {
+      growth_refusal_ = "the capacity of " + human_bytes(options_.capacity) + " is used up";
+      return false;
+    }
+    const std::uint32_t slot = add_segment(std::max(options_.segment_bytes, whole_pages(size)));
+    try {
+      commit(slot, size);
+    } catch (...) {
+      drop_segment(slot);
+      throw;
+    }
+    return true;
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kArenaFull) throw;
+    growth_refusal_ = error.what();
+    return false;
+  }
+}
+
+void Arena::commit(std::uint32_t slot, std::uint64_t bytes) {
+  const Segment& segment = segments_[slot];
+  if (reserved_ + bytes > options_.capacity) {
+    throw no_space_error(name(), bytes, "the capacity of " + human_bytes(options_.capacity) + " is used up");
+  }
+  // More than the request needs is only taken where it is to be had.
+  const std::uint64_t least = grower_ ? kStep : ahead();
+  const std::uint64_t room = std::min(segment.bytes - segment.committed, options_.capacity - reserved_);
+  std::uint64_t step = std::min(whole_pages(std::max(bytes, least)), room);
+  const std::string file_name = data_name(control().arena(), segment.id);
+  auto fd = open_segment(file_name);
+  if (!fd) throw lost_name_error(file_name);
+  try {
+    reserve_segment(fd->get(), file_name, segment.committed, ByteCount{step});
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kArenaFull || step == bytes) throw;
+    step = bytes;
+    reserve_segment(fd->get(), file_name, segment.committed, ByteCount{step});
+  }
+  prefault(segment.base + segment.committed, step);
+  reserved_ += step;
+  enter(slot, step);
+}
+
+// The books of bytes that are reserved now.
+void Arena::enter(std::uint32_t slot, std::uint64_t bytes) {
+  Segment& segment = segments_[slot];
+  space_.give({slot, segment.committed, bytes});
+  segment.committed += bytes;
+  // release: peers that read it may touch that many bytes.
+  control().header().segments[slot].committed.store(segment.committed, std::memory_order_release);
+}
+
+void Arena::want_growth() {
+  if (options_.capacity < kSmallestGrowingAhead || closed()) return;
+  if (reserved_ >= std::min(options_.reserve, options_.capacity) && space_.largest() >= ahead() / 2) return;
+  if (!grower_) {
+    try {
+      grower_ = std::make_unique<Grower>([this] { return grow_ahead(); });
+    } catch (const std::system_error&) {
+      return;  // no thread to be had: requests go on growing the arena themselves
+    }
+  }
+  grower_->wake();
+}
+
+bool Arena::grow_ahead() noexcept {
+  try {
+    const std::lock_guard growing(growth_mutex_);
+    std::unique_lock guard(mutex_);
+    const bool below_reserve = reserved_ < std::min(options_.reserve, options_.capacity);
+    if (closed() || (!below_reserve && space_.largest() >= ahead())) return false;
+    if (sweep_is_due() && sweep_dead_peers() != 0) return false;
+    std::uint64_t bytes = below_reserve ? kBackgroundStep : std::min(kBackgroundStep, ahead());
+    bytes = std::min(bytes / page_size() * page_size(), options_.capacity - reserved_);
+    if (bytes == 0 || !plenty_left(bytes)) return false;
+    const auto place = growth_in_segments(page_size());
+    const std::uint32_t slot = place ? place->slot : add_segment(options_.segment_bytes);
+    const std::uint64_t offset = segments_[slot].committed;
+    bytes = std::min(bytes, segments_[slot].bytes - offset);
+    std::byte* const base = segments_[slot].base;
+    const std::string file_name = data_name(control().arena(), segments_[slot].id);
+    // So that no request counts on these bytes meanwhile.
+    reserved_ += bytes;
+    guard.unlock();
+    bool reserved = false;
+    try {
+      if (auto fd = open_segment(file_name)) {
+        reserve_segment(fd->get(), file_name, offset, ByteCount{bytes});
+        prefault(base + offset, bytes);
+        reserved = true;
+      }
+    } catch (const Error&) {
+      // A request that needs the bytes will say what is wrong.
+      reserved = false;
+    }
+    guard.lock();
+    if (!reserved || closed()) {
+      reserved_ -= bytes;
+      return false;
+    }
+    enter(slot, bytes);
+    return true;
+  } catch (const std::exception&) {
+    return false;  // as above
+  }
+}
+
+void Arena::stop_growing() {
+  std::unique_ptr<Grower> ended;
+  {
+    const std::lock_guard guard(mutex_);
+    ended = std::move(grower_);
+  }
+  // Its destructor waits for a step, which takes the locks.
+}
+
+std::uint32_t Arena::add_segment(std::uint64_t bytes) {
+  auto slot = static_cast<std::uint32_t>(
+      std::find_if(segments_.begin(), segments_.end(), [](const Segment& s) { return s.id == 0; }) - segments_.begin());
+  if (slot == kMaxSegments) {
+    throw no_space_error(
+        name(), bytes,
+        "all " + std::to_string(kMaxSegments) + " segments are in use; raise segment_bytes (SHMX_SEGMENT_BYTES)");
+  }
+  if (slot == segments_.size()) segments_.emplace_back();
+  const std::uint32_t id = next_segment_id_++;
+  const std::string file_name = data_name(control().arena(), id);
+  const UniqueFd fd = create_segment(file_name);
+  try {
+    size_segment(fd.get(), file_name, ByteCount{bytes});
+    Mapping mapping(fd.get(), file_name, ByteCount{bytes}, Access::kReadWrite);
+    if (options_.numa_node) prefer_node(mapping.base(), bytes, *options_.numa_node);
+    segments_[slot] = Segment{id, bytes, 0, mapping.base(), {}};
+    note_addresses(mapping.base(), bytes);
+    attachment_->add_mapping(slot, id, std::move(mapping));
+  } catch (...) {
+    unlink_segment(file_name);
+    throw;
+  }
+  SegmentEntry& shared = control().header().segments[slot];
+  shared.bytes.store(bytes, std::memory_order_relaxed);
+  shared.committed.store(0, std::memory_order_relaxed);
+  shared.status.store(SegmentStatus::kLive, std::memory_order_relaxed);
+  // release: whoever sees the id sees the rest.
+  shared.id.store(id, std::memory_order_release);
+  return slot;
+}
+
+}  // namespace shmx
