@@ -493,7 +493,7 @@ void Arena::unlock_in_parent() noexcept {
 void Arena::unlock_in_child() noexcept {
   closed_.store(true, std::memory_order_relaxed);
   // Its thread is the parent's.
-  (void)grower_.release();
+  [[maybe_unused]] const Grower* const abandoned = grower_.release();
   mutex_.unlock();
   growth_mutex_.unlock();
 }

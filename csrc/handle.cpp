@@ -42,7 +42,7 @@ Error carried(const HandleState& state) {
 }
 
 void require_inside(const Hold& hold, const TensorMeta& meta) {
-  ControlSegment& control = hold.attachment().control();
+  const ControlSegment& control = hold.attachment().control();
   // relaxed: the place of a held block does not change.
   if (meta.end() <= control.block(hold.block()).place.bytes.load(std::memory_order_relaxed)) return;
   throw Error(ErrorCode::kInvalidHandle, "not a valid shmx handle: its tensor is larger than block " +
