@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(result, indent=2))
         return 0
     print(
-        f"microseconds, median of {arguments.rounds} rounds; non-temporal from {_core.non_temporal_threshold()} bytes"
+        f"microseconds, median of {arguments.rounds} rounds; non-temporal from {_core.non_temporal_thresholds()} bytes"
     )
     print(f"{'':36}" + "".join(f"{name:>12}" for name in table))
     for operation in next(iter(table.values())):

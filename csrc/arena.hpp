@@ -19,6 +19,7 @@
 #include "attachment.hpp"
 #include "block_lists.hpp"
 #include "block_state.hpp"
+#include "copy.hpp"
 #include "grower.hpp"
 #include "layout.hpp"
 #include "process.hpp"
@@ -39,6 +40,7 @@ struct ArenaOptions {
 struct Allocation {
   Hold hold;
   std::byte* data;
+  Destination where;
 };
 
 struct ArenaStats {
@@ -119,6 +121,7 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
     Range range{};
     std::string key;
     std::string description;
+    std::uint64_t written_at = 0;  // written_ when it was last handed out; 0: never
   };
   struct Segment {
     std::uint32_t id = 0;
@@ -193,6 +196,7 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   std::optional<std::string> expiry_notice_;
   bool expiry_noticed_ = false;
   std::uint64_t published_ = 0;
+  std::uint64_t written_ = 0;  // bytes of all blocks handed out
   std::uint64_t reused_ = 0;
   std::uint64_t swept_ = 0;
   std::uint64_t expired_ = 0;

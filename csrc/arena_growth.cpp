@@ -18,6 +18,7 @@ constexpr std::uint64_t kStep = 2U << 20;
 constexpr std::uint64_t kLargestAhead = 32U << 20;
 // One step of the background: a request that must wait for it waits for a millisecond or two.
 constexpr std::uint64_t kBackgroundStep = 4U << 20;
+constexpr std::uint32_t kEntriesAhead = 64;
 // Below this capacity there is little to gain, and every byte ahead of need is missing elsewhere.
 constexpr std::uint64_t kSmallestGrowingAhead = 64U << 20;
 
@@ -128,7 +129,9 @@ bool Arena::grow_ahead() noexcept {
     std::unique_lock guard(mutex_);
     const bool below_reserve = reserved_ < std::min(options_.reserve, options_.capacity);
     if (closed() || (!below_reserve && space_.largest() >= ahead())) return false;
-    if (sweep_is_due() && sweep_dead_peers() != 0) return false;
+    // What dead peers held may be enough.
+    if (sweep_is_due() && sweep_dead_peers() != 0) return below_reserve;
+    control().grow_table(std::min(static_cast<std::uint32_t>(books_.size()) + kEntriesAhead, kMaxBlocks));
     std::uint64_t bytes = below_reserve ? kBackgroundStep : std::min(kBackgroundStep, ahead());
     bytes = std::min(bytes / page_size() * page_size(), options_.capacity - reserved_);
     if (bytes == 0 || !plenty_left(bytes)) return false;

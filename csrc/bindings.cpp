@@ -645,16 +645,16 @@ std::optional<SharedTensor> share_in_place(Arena& arena, const Source& source) {
 }
 
 // Writes the elements of sources into one block, contiguous each, and answers what each looks like there.
-TensorMeta fill(std::byte* block, const Hold& hold, const Source& source, std::uint64_t offset, std::size_t together) {
+TensorMeta fill(const Allocation& block, const Source& source, std::uint64_t offset, std::size_t together) {
   TensorMeta stored = source.meta;
   stored.strides.clear();
   stored.offset = offset;
   if (source.data != nullptr && source.meta.strides.empty()) {
-    copy_piece(block + offset, source.data, source.bytes, together);
+    copy_piece(block.data + offset, source.data, source.bytes, together, block.where);
   } else if (source.bytes != 0) {
     const py::gil_scoped_acquire held;
     // Any layout, any device: torch copies into a tensor that lives in the arena.
-    make_tensor(block + offset, stored, hold.share()).attr("copy_")(source.tensor.attr("detach")());
+    make_tensor(block.data + offset, stored, block.hold.share()).attr("copy_")(source.tensor.attr("detach")());
   }
   return stored;
 }
@@ -666,7 +666,7 @@ SharedTensor share_tensor(Arena& arena, const Source& source, Wait wait) {
   {
     std::optional<py::gil_scoped_release> released;
     if (source.bytes > kCopyWithoutGil) released.emplace();
-    stored = fill(allocation.data, allocation.hold, source, 0, source.bytes);
+    stored = fill(allocation, source, 0, source.bytes);
   }
   return SharedTensor(Handle(std::move(stored), std::move(allocation.hold)));
 }
@@ -735,7 +735,7 @@ std::vector<SharedTensor> arena_share_many(Arena& arena, const py::iterable& ten
     std::optional<py::gil_scoped_release> released;
     if (total > kCopyWithoutGil) released.emplace();
     for (std::size_t i = 0; i < sources.size(); ++i) {
-      if (!in_place[i]) stored[i] = fill(allocation.data, allocation.hold, sources[i], offsets[i], total);
+      if (!in_place[i]) stored[i] = fill(allocation, sources[i], offsets[i], total);
     }
   }
   const TensorMeta all{kBytesDtype, 0, {static_cast<std::int64_t>(total)}, {}};
@@ -938,8 +938,11 @@ PYBIND11_MODULE(_core, module) {
     for (const auto& attachment : all_attachments()) names.push_back(attachment->control().name());
     return names;
   });
-  module.def("non_temporal_threshold", &non_temporal_threshold);
-  module.def("measure_non_temporal_threshold", &measure_non_temporal_threshold,
+  module.def("non_temporal_thresholds", [] {
+    const Thresholds from = non_temporal_thresholds();
+    return py::dict("hot"_a = from.hot, "cold"_a = from.cold);
+  });
+  module.def("measure_non_temporal_thresholds", &measure_non_temporal_thresholds,
              py::call_guard<py::gil_scoped_release>());
   module.def("non_temporal_kind", &non_temporal_kind);
   module.def(

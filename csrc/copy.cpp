@@ -110,83 +110,100 @@ double seconds_of(Stream copy, std::byte* to, const std::byte* from, std::size_t
 }
 
 constexpr std::size_t kSmallestMeasured = 512U << 10;
+constexpr std::size_t kLargestMeasured = 8U << 20;
+constexpr std::size_t kRounds = 6;
 
-// The smallest size from which non-temporal stores win at it and at every larger size tried. The destination
-// rotates through a buffer, as blocks of an arena do that are not used again at once.
-std::size_t measure_threshold() {
-  constexpr std::size_t kLargest = 8U << 20;
-  constexpr std::size_t kBuffer = 2 * kLargest;
-  if (streaming().copy == nullptr) return std::numeric_limits<std::size_t>::max();
-  void* memory = ::mmap(nullptr, 2 * kBuffer, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) return kLargest;
-  ::madvise(memory, 2 * kBuffer, MADV_HUGEPAGE);
-  auto* source = static_cast<std::byte*>(memory);
-  std::byte* destination = source + kBuffer;
-  std::memset(memory, 1, 2 * kBuffer);
+// The smallest size from which non-temporal stores win at it and at every larger size tried, if each copy
+// goes to the same place (hot) or behind the one before, round and round in the buffer.
+std::size_t measure_threshold(std::byte* buffer, std::size_t buffer_bytes, const std::byte* source, bool hot) {
   const Stream plain = [](std::byte* to, const std::byte* from, std::size_t bytes) { std::memcpy(to, from, bytes); };
-  std::size_t threshold = 2 * kLargest;
-  for (std::size_t bytes = kLargest; bytes >= kSmallestMeasured; bytes /= 2) {
-    double best_plain = 1e9;
-    double best_streaming = 1e9;
-    for (std::size_t round = 0; round < 4; ++round) {
-      const std::size_t offset = round * bytes % kBuffer;
-      best_plain = std::min(best_plain, seconds_of(plain, destination + offset, source + offset, bytes));
-      best_streaming =
-          std::min(best_streaming, seconds_of(streaming().copy, destination + offset, source + offset, bytes));
-    }
-    if (best_streaming >= best_plain) break;
+  std::size_t threshold = 2 * kLargestMeasured;
+  std::size_t place = 0;
+  for (std::size_t bytes = kLargestMeasured; bytes >= kSmallestMeasured; bytes /= 2) {
+    const auto best = [&](Stream copy) {
+      double seconds = 1e9;
+      for (std::size_t round = 0; round < kRounds; ++round) {
+        place = hot ? 0 : (place + bytes) % buffer_bytes;
+        const double taken = seconds_of(copy, buffer + place, source, bytes);
+        // The first into a place that is hot only makes it so.
+        if (!hot || round > 0) seconds = std::min(seconds, taken);
+      }
+      return seconds;
+    };
+    if (best(streaming().copy) >= best(plain)) break;
     threshold = bytes;
   }
-  ::munmap(memory, 2 * kBuffer);
   return threshold;
 }
 
-}  // namespace
+Thresholds measure_thresholds(Thresholds otherwise) {
+  // More than the last-level cache of most machines.
+  constexpr std::size_t kBuffer = 64U << 20;
+  if (streaming().copy == nullptr) return otherwise;
+  constexpr std::size_t kAll = kBuffer + kLargestMeasured;
+  void* memory = ::mmap(nullptr, kAll, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return otherwise;
+  ::madvise(memory, kAll, MADV_HUGEPAGE);
+  std::memset(memory, 1, kAll);
+  auto* buffer = static_cast<std::byte*>(memory);
+  const Thresholds measured{measure_threshold(buffer, kBuffer, buffer + kBuffer, true),
+                            measure_threshold(buffer, kBuffer, buffer + kBuffer, false)};
+  ::munmap(memory, kAll);
+  return measured;
+}
 
-namespace {
+// relaxed throughout: numbers by themselves; a copy that misses a change is slower, not wrong.
 constexpr std::size_t kUnknown = 0;
-std::atomic<std::size_t> threshold{kUnknown};
+std::atomic<std::size_t> hot_threshold{kUnknown};
+std::atomic<std::size_t> cold_threshold{kUnknown};
 
-std::size_t guessed_threshold() {
-  static const std::size_t guessed = [] {
-    if (streaming().copy == nullptr) return std::numeric_limits<std::size_t>::max();
+const Thresholds& guessed_thresholds() {
+  static const Thresholds guessed = [] {
+    if (streaming().copy == nullptr) {
+      constexpr std::size_t kNever = std::numeric_limits<std::size_t>::max();
+      return Thresholds{kNever, kNever};
+    }
     // What exceeds the core's own cache will not be found there by the next reader.
     const auto cache = static_cast<std::size_t>(std::max(::sysconf(_SC_LEVEL2_CACHE_SIZE), 0L));
-    return std::clamp(2 * cache, std::size_t{1} << 20, std::size_t{8} << 20);
+    const std::size_t cold = std::clamp(cache, std::size_t{1} << 20, kLargestMeasured);
+    return Thresholds{std::min(2 * cold, kLargestMeasured), cold};
   }();
   return guessed;
 }
-}  // namespace
 
-void set_non_temporal_threshold(std::size_t bytes) {
-  // relaxed: a number by itself; a copy that misses it is slower, not wrong.
-  threshold.store(std::max<std::size_t>(bytes, 1), std::memory_order_relaxed);
-}
-
-std::size_t non_temporal_threshold() {
-  const std::size_t known = threshold.load(std::memory_order_relaxed);
-  return known != kUnknown ? known : guessed_threshold();
-}
-
-void measure_non_temporal_threshold() {
-  if (threshold.load(std::memory_order_relaxed) != kUnknown) return;
-  const std::size_t measured = measure_threshold();
-  std::size_t unknown = kUnknown;
-  // It may have been set meanwhile.
-  threshold.compare_exchange_strong(unknown, measured, std::memory_order_relaxed);
-}
-
-namespace {
 void measure_in_background() {
   static std::atomic<bool> begun{false};
   if (begun.exchange(true, std::memory_order_relaxed)) return;
   try {
-    quiet_thread("shmx-measure", &measure_non_temporal_threshold).detach();
+    quiet_thread("shmx-measure", &measure_non_temporal_thresholds).detach();
   } catch (const std::system_error&) {
     return;  // no thread to be had: the guess stays
   }
 }
+
 }  // namespace
+
+void set_non_temporal_threshold(std::size_t bytes) {
+  const std::size_t least = std::max<std::size_t>(bytes, 1);
+  hot_threshold.store(least, std::memory_order_relaxed);
+  cold_threshold.store(least, std::memory_order_relaxed);
+}
+
+Thresholds non_temporal_thresholds() {
+  const Thresholds known{hot_threshold.load(std::memory_order_relaxed), cold_threshold.load(std::memory_order_relaxed)};
+  return {known.hot != kUnknown ? known.hot : guessed_thresholds().hot,
+          known.cold != kUnknown ? known.cold : guessed_thresholds().cold};
+}
+
+void measure_non_temporal_thresholds() {
+  if (hot_threshold.load(std::memory_order_relaxed) != kUnknown) return;
+  const Thresholds measured = measure_thresholds(guessed_thresholds());
+  // They may have been set meanwhile.
+  std::size_t unknown = kUnknown;
+  if (!hot_threshold.compare_exchange_strong(unknown, measured.hot, std::memory_order_relaxed)) return;
+  unknown = kUnknown;
+  cold_threshold.compare_exchange_strong(unknown, measured.cold, std::memory_order_relaxed);
+}
 
 const char* non_temporal_kind() { return streaming().kind; }
 
@@ -213,15 +230,15 @@ void copy_non_temporal(void* destination, const void* source, std::size_t bytes)
 }
 
 void copy_bytes(void* destination, const void* source, std::size_t bytes) {
-  copy_piece(destination, source, bytes, bytes);
+  copy_piece(destination, source, bytes, bytes, Destination::kHot);
 }
 
-void copy_piece(void* destination, const void* source, std::size_t bytes, std::size_t together) {
+void copy_piece(void* destination, const void* source, std::size_t bytes, std::size_t together, Destination where) {
   // Smaller pieces stay plain: the fence at the end of each costs more than it saves.
   constexpr std::size_t kSmallestPiece = 16U << 10;
-  std::size_t limit = threshold.load(std::memory_order_relaxed);
+  std::size_t limit = (where == Destination::kHot ? hot_threshold : cold_threshold).load(std::memory_order_relaxed);
   if (limit == kUnknown) {
-    limit = guessed_threshold();
+    limit = where == Destination::kHot ? guessed_thresholds().hot : guessed_thresholds().cold;
     if (together >= kSmallestMeasured && bytes >= kSmallestPiece) measure_in_background();
   }
   if (together < limit || bytes < kSmallestPiece) {

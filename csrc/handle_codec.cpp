@@ -260,35 +260,53 @@ constexpr std::array<std::uint8_t, 256> kDigits = [] {
 
 // Base64 of RFC 4648 without padding: the length tells how many bytes the last group holds.
 std::string to_text(std::string_view bytes) {
-  std::string text;
-  text.reserve((bytes.size() * 4 + 2) / 3);
-  std::uint32_t bits = 0;
-  unsigned count = 0;
-  for (const char c : bytes) {
-    bits = (bits << 8) | static_cast<std::uint8_t>(c);
-    for (count += 8; count >= 6; count -= 6) text.push_back(kAlphabet[(bits >> (count - 6)) & 63]);
+  std::string text((bytes.size() * 4 + 2) / 3, '\0');
+  const auto* in = reinterpret_cast<const std::uint8_t*>(bytes.data());
+  char* out = text.data();
+  std::size_t left = bytes.size();
+  for (; left >= 3; left -= 3, in += 3, out += 4) {
+    const std::uint32_t bits = std::uint32_t{in[0]} << 16 | std::uint32_t{in[1]} << 8 | in[2];
+    out[0] = kAlphabet[bits >> 18];
+    out[1] = kAlphabet[bits >> 12 & 63];
+    out[2] = kAlphabet[bits >> 6 & 63];
+    out[3] = kAlphabet[bits & 63];
   }
-  if (count > 0) text.push_back(kAlphabet[(bits << (6 - count)) & 63]);
+  if (left > 0) {
+    const std::uint32_t bits = std::uint32_t{in[0]} << 16 | (left == 2 ? std::uint32_t{in[1]} << 8 : 0);
+    out[0] = kAlphabet[bits >> 18];
+    out[1] = kAlphabet[bits >> 12 & 63];
+    if (left == 2) out[2] = kAlphabet[bits >> 6 & 63];
+  }
   return text;
 }
 
 std::string from_text(std::string_view text) {
   if (text.size() % 4 == 1) throw invalid("its text has an impossible length");
-  std::string bytes;
-  bytes.reserve(text.size() * 3 / 4);
-  std::uint32_t bits = 0;
-  unsigned count = 0;
-  for (const char c : text) {
-    const std::uint8_t digit = kDigits[static_cast<std::uint8_t>(c)];
-    if (digit == kNoDigit) throw invalid("its text has a character that is not base64");
-    bits = (bits << 6) | digit;
-    count += 6;
-    if (count >= 8) {
-      count -= 8;
-      bytes.push_back(static_cast<char>(bits >> count));
-    }
+  std::string bytes(text.size() * 3 / 4, '\0');
+  char* out = bytes.data();
+  const auto* in = reinterpret_cast<const std::uint8_t*>(text.data());
+  // Digits stay below 64; what is none shows in the bits above.
+  std::uint32_t seen = 0;
+  const auto digit = [&seen](std::uint8_t c) {
+    seen |= kDigits[c];
+    return std::uint32_t{kDigits[c]};
+  };
+  std::size_t left = text.size();
+  for (; left >= 4; left -= 4, in += 4, out += 3) {
+    const std::uint32_t bits = digit(in[0]) << 18 | digit(in[1]) << 12 | digit(in[2]) << 6 | digit(in[3]);
+    out[0] = static_cast<char>(bits >> 16);
+    out[1] = static_cast<char>(bits >> 8);
+    out[2] = static_cast<char>(bits);
   }
-  if ((bits & ((1U << count) - 1)) != 0) throw invalid("its text has bits left over");
+  std::uint32_t spare = 0;
+  if (left > 0) {
+    const std::uint32_t bits = digit(in[0]) << 18 | digit(in[1]) << 12 | (left == 3 ? digit(in[2]) << 6 : 0);
+    out[0] = static_cast<char>(bits >> 16);
+    if (left == 3) out[1] = static_cast<char>(bits >> 8);
+    spare = left == 3 ? bits & 0xFF : bits & 0xFFFF;
+  }
+  if (seen >= kAlphabet.size()) throw invalid("its text has a character that is not base64");
+  if (spare != 0) throw invalid("its text has bits left over");
   return bytes;
 }
 

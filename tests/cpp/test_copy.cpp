@@ -98,28 +98,30 @@ TEST_CASE("a copy of nothing touches nothing") {
 TEST_CASE("the threshold is what was set, and copies are right on both sides of it") {
   for (const std::size_t threshold : {std::size_t{262'144}, std::size_t{1} << 20, std::size_t{1} << 40}) {
     set_non_temporal_threshold(threshold);
-    CHECK(non_temporal_threshold() == threshold);
+    CHECK(non_temporal_thresholds().hot == threshold);
+    CHECK(non_temporal_thresholds().cold == threshold);
     check_small(&copy_bytes);
     check_large(&copy_bytes);
   }
   // 0 asks for streaming always.
   set_non_temporal_threshold(0);
-  CHECK(non_temporal_threshold() <= 1);
+  CHECK(non_temporal_thresholds().hot <= 1);
   check_large(&copy_bytes);
 }
 
 TEST_CASE("in a process of its own: the measured threshold" * doctest::skip()) {
-  const std::size_t guessed = non_temporal_threshold();
-  CHECK(guessed >= 1U << 20);
-  measure_non_temporal_threshold();
-  const std::size_t threshold = non_temporal_threshold();
-  CHECK(threshold == non_temporal_threshold());
-  if (std::string(non_temporal_kind()) == "none") {
-    CHECK(threshold == std::numeric_limits<std::size_t>::max());
-  } else {
-    CHECK(threshold >= 512U << 10);
-    CHECK(threshold <= 16U << 20);
-  }
+  const auto in_range = [](std::size_t threshold) {
+    if (std::string(non_temporal_kind()) == "none") return threshold == std::numeric_limits<std::size_t>::max();
+    return threshold >= 512U << 10 && threshold <= 16U << 20;
+  };
+  CHECK(in_range(non_temporal_thresholds().hot));
+  CHECK(in_range(non_temporal_thresholds().cold));
+  measure_non_temporal_thresholds();
+  const Thresholds measured = non_temporal_thresholds();
+  CHECK(in_range(measured.hot));
+  CHECK(in_range(measured.cold));
+  measure_non_temporal_thresholds();
+  CHECK(non_temporal_thresholds().hot == measured.hot);
 }
 
 TEST_CASE("the measured threshold lies in the range that was measured, or there is none") {
