@@ -18,9 +18,9 @@ _MODULES = (
     "vllm.v1.serial_utils",
 )
 # The settings that the serializer asks for, with vLLM's defaults.
-_SETTINGS = SimpleNamespace(VLLM_ALLOW_INSECURE_SERIALIZATION=False, VLLM_MSGPACK_ZERO_COPY_THRESHOLD=256)
+_SETTINGS = {"VLLM_ALLOW_INSECURE_SERIALIZATION": False, "VLLM_MSGPACK_ZERO_COPY_THRESHOLD": 256}
 _VALUES = {
-    "vllm": {"envs": _SETTINGS},
+    "vllm.envs": _SETTINGS,
     "vllm.logger": {"init_logger": logging.getLogger},
     "vllm.platforms": {"current_platform": SimpleNamespace(is_cuda_alike=lambda: False)},
     "vllm.utils.torch_utils": {"PIN_MEMORY": False},
