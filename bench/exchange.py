@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import zmq
@@ -27,7 +26,7 @@ from .transports import interface, registry
 __all__ = ["Exchange", "TransportError", "serve"]
 
 _BOUND_MS = 120_000
-_MESSAGE, _SETUP, _CHECK, _CLOSE, _STOP = range(5)
+_MESSAGE, _SETUP, _CHECK, _CLOSE, _PING, _STOP = range(6)
 _HEADER = struct.Struct("<BBII")
 _STAMP = struct.Struct("<q")
 _MODES = ("view", "own", "stream")
@@ -131,6 +130,13 @@ class Exchange:
         self._refuse_errors(name, self._collect())
         self.producers[name].recycle()
         return (put - start) / 1e3, (had - start) / 1e3
+
+    def ping(self) -> float:
+        """Microseconds until the last consumer has received a message without content."""
+        start = time.monotonic_ns()
+        self._command(_PING)
+        had: int = max(_STAMP.unpack(answer)[0] for answer in self._collect())
+        return (had - start) / 1e3
 
     def stream(
         self, name: str, prepared: Sequence[tuple[int, Sequence[torch.Tensor]]], messages: int, in_flight: int
@@ -243,6 +249,9 @@ class _Server:
             command, mode, number, serial = _HEADER.unpack(self._socket.recv())
             if command == _MESSAGE:
                 self._receive(number, _MODES[mode], serial)
+            elif command == _PING:
+                self._socket.recv()
+                self._socket.send(_STAMP.pack(time.monotonic_ns()))
             elif command == _STOP:
                 return
             else:
@@ -250,7 +259,7 @@ class _Server:
 
     def _receive(self, number: int, mode: str, serial: int) -> None:
         consumer = self._consumers[number]
-        frames = self._socket.recv_multipart(copy=not consumer.bulk)
+        frames = self._socket.recv_multipart(0, not consumer.bulk)
         try:
             tensors = consumer.own(frames) if mode == "own" else consumer.open(frames)
             if mode == "stream":

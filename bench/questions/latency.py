@@ -29,14 +29,14 @@ SIZES = ("4KiB", "64KiB", "1MiB", "16MiB", "64MiB", "128MiB", MM32)
 QUICK_SIZES = ("4KiB", "1MiB")
 CONSUMERS = (1, 4)
 MODES = ("view", "own")
+CHANNEL = "(the channel alone)"
 ROUNDS = 30
 WARM_UP = 4
 EVERYTHING_EVERY = 5
 _BOUND_S = 3600.0
 
 # Least ratio of the fastest peer's time to ours, and of the time of those that make fresh segments.
-_PEERS = ("iceoryx2", "vllm_arena", "vllm_storage", "pyshmem", "sglang", "segment", "torch_fs", "torch_fd", "pickle5")
-_PEERS += ("pickle", "ray")
+_PEERS = tuple(name for name in registry.ALL if name != "shmx")
 _NOT_SLOWER = 0.95
 _VIEW_GAIN = {"16MiB": 1.15, "64MiB": 1.3, "128MiB": 1.3, MM32: 1.3}
 _FRESH = ("segment", "torch_fs", "torch_fd")
@@ -66,6 +66,7 @@ def measure(options: Options) -> Report:
         report.tables += tables.values()
         report.checks += [check for mode, table in tables.items() for check in _checks(mode, table, consumers)]
     report.notes += [
+        f"{CHANNEL} is a message without content: what no transport can be faster than here.",
         f"Owned copies: malloc policy '{options.malloc}' in every consumer ({malloc_policy.POLICIES[options.malloc]}). "
         "shmx materializes into recycled memory of its own, pyshmem into arrays that its adapter recycles.",
         "pickle, pickle5 and vllm_storage have no views: what is theirs under 'view' is an owned copy. sglang's owned "
@@ -77,7 +78,7 @@ def measure(options: Options) -> Report:
 def _table(mode: str, consumers: int, samples: dict[str, dict[str, list[float]]], order: Sequence[str]) -> Table:
     what = {"view": "put until the last consumer can read", "own": "put until the last consumer owns a copy"}[mode]
     table = Table(f"{what}, {consumers} consumer{'s' if consumers > 1 else ''}", "us", baseline="shmx")
-    for name in order:
+    for name in (*order, CHANNEL):
         cells = {size: cell[name] for size, cell in samples.items() if name in cell}
         if cells:
             table.samples[name] = cells
@@ -180,5 +181,7 @@ def _measure_payload(
                 continue
             if turn >= rounds.warm_up:
                 samples[mode][payload.name].setdefault(name, []).append(elapsed)
+        if turn >= rounds.warm_up:
+            samples[mode][payload.name].setdefault(CHANNEL, []).append(exchange.ping())
     for name in list(exchange.producers):
         exchange.close(name)

@@ -46,7 +46,8 @@ def measure(options: Options) -> Report:
         report.notes += [f"{consumers} consumer(s): {failure}" for failure in failures]
         report.tables += _tables(consumers, samples, payloads, transports)
     report.notes.append(
-        "More is better; x is the peer's rate over that of shmx. Bytes are counted once per message, however many consumers read them."
+        "More is better; x is the peer's rate over that of shmx. Bytes are counted once per message, however many "
+        "consumers read them."
     )
     return report
 

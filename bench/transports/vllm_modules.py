@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 from .partial_import import import_only
 
@@ -19,7 +20,7 @@ _MODULES = (
 )
 # The settings that the serializer asks for, with vLLM's defaults.
 _SETTINGS = {"VLLM_ALLOW_INSECURE_SERIALIZATION": False, "VLLM_MSGPACK_ZERO_COPY_THRESHOLD": 256}
-_VALUES = {
+_VALUES: dict[str, dict[str, Any]] = {
     "vllm.envs": _SETTINGS,
     "vllm.logger": {"init_logger": logging.getLogger},
     "vllm.platforms": {"current_platform": SimpleNamespace(is_cuda_alike=lambda: False)},
