@@ -161,24 +161,33 @@ class Exchange:
         producer = self.producers[name]
         answered: Counter[bytes] = Counter()
         sent = recycled = had = 0
+        failure: TransportError | None = None
         start = time.monotonic_ns()
-        while recycled < messages:
-            if sent < messages and sent - recycled < in_flight:
+        # After a failure nothing more is sent, but every answer is awaited: the next command must not meet them.
+        while (sent < messages and failure is None) or answered.total() < sent * len(self._names):
+            if failure is None and sent < messages and sent - recycled < in_flight:
                 serial, tensors = prepared[sent % len(prepared)]
                 try:
                     frames = producer.put(tensors)
                 except Exception as error:
-                    raise TransportError(f"{name}: {_one_line(error)}") from error
+                    failure = TransportError(f"{name}: {_one_line(error)}")
+                    continue
                 self._send(name, "stream", serial, frames)
                 sent += 1
                 continue
             consumer, answer = self._receive()
-            self._refuse_errors(name, [answer])
-            had = max(had, _STAMP.unpack(answer)[0])
             answered[consumer] += 1
-            while recycled < min(answered[each] for each in self._names):
+            try:
+                self._refuse_errors(name, [answer])
+            except TransportError as error:
+                failure = failure or error
+                continue
+            had = max(had, _STAMP.unpack(answer)[0])
+            while failure is None and recycled < min(answered[each] for each in self._names):
                 producer.recycle()
                 recycled += 1
+        if failure is not None:
+            raise failure
         return (had - start) / 1e9
 
     def _send(self, name: str, mode: str, serial: int, frames: Sequence[interface.Frames]) -> None:
@@ -221,9 +230,8 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def serve(place: Place, prepare: Callable[[], None] = lambda: None) -> None:
+def serve(place: Place) -> None:
     """A consumer: do what the producer says until it says stop."""
-    prepare()
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.set(zmq.IDENTITY, f"{place.index}".encode())
         socket.set(zmq.LINGER, 1000)
@@ -255,7 +263,7 @@ class _Server:
             elif command == _STOP:
                 return
             else:
-                self._answer(lambda command=command, number=number: commands[command](number, self._socket.recv()))  # type: ignore[misc]
+                self._answer(commands[command], number, self._socket.recv())
 
     def _receive(self, number: int, mode: str, serial: int) -> None:
         consumer = self._consumers[number]
@@ -273,10 +281,10 @@ class _Server:
         if mode != "stream":
             self._held[number].append(tensors)
 
-    def _answer(self, action: Callable[[], None]) -> None:
+    def _answer(self, action: Callable[[int, bytes], None], number: int, body: bytes) -> None:
         error = ""
         try:
-            action()
+            action(number, body)
         # Any failure of a transport is reported, and ends that transport alone.
         except Exception as failed:
             error = _one_line(failed)

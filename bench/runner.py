@@ -67,9 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"shmx bench: {error.name} is not installed: pip install 'torch-shmx[bench]'", file=sys.stderr)
         return STATUS_USAGE
-    except ValueError as error:
-        print(f"shmx bench: {error}", file=sys.stderr)
-        return STATUS_USAGE
 
 
 def _run(names: Sequence[str], options: Options, json_file: Path | None, plots_folder: Path | None) -> int:
@@ -87,9 +84,10 @@ def _run(names: Sequence[str], options: Options, json_file: Path | None, plots_f
     for name, module in zip(names, modules, strict=True):
         try:
             report: Report = module.measure(options)
-        except MeasurementError as error:
+        # The other questions may still be answered.
+        except (MeasurementError, ValueError) as error:
             print(f"shmx bench: {name}: {error}", file=sys.stderr)
-            status = STATUS_FAILED
+            status = max(status, STATUS_FAILED if isinstance(error, MeasurementError) else STATUS_USAGE)
             continue
         print(report.text(), flush=True)
         answered.append(report)

@@ -165,6 +165,26 @@ def other_tensors(place: Place) -> str:
     return ""
 
 
+def failing_stream(place: Place) -> list[str]:
+    errors = []
+    with Exchange(place) as exchange:
+        payload = parse("4KiB")
+        tensors = Sources(payload).stamped(1)
+        for name in ("pickle", "shmx"):
+            exchange.set_up(name, payload, in_flight=4)
+        for name, serial in (("pickle", 2), ("shmx", 1)):
+            try:
+                exchange.stream(name, [(1, tensors), (serial, tensors)], 20, in_flight=4)
+            except TransportError as error:
+                errors.append(str(error))
+    return errors
+
+
+def test_failed_stream_leaves_the_channel_usable() -> None:
+    errors = process_tree.run(failing_stream, serve, 2, bound_s=60)
+    assert errors == ["pickle: AssertionError: message 2, tensor 0: not the bytes of this message"]
+
+
 def test_wrong_bytes_end_a_transport_by_name() -> None:
     message = process_tree.run(wrong_bytes, serve, 2, bound_s=60)
     assert message == "pickle: AssertionError: message 2, tensor 0: not the bytes of this message"

@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .. import malloc_policy
 from ..exchange import Exchange, TransportError, serve
@@ -125,16 +124,18 @@ def _check(mark: str, value: float, limit: float) -> Check:
 # ---- processes ----
 
 
-def _consume(place: Place, *arguments: Any) -> None:
-    malloc = arguments[-1]
-    serve(place, lambda: malloc_policy.apply(malloc))
-
-
 @dataclass(frozen=True)
 class _Rounds:
     count: int
     warm_up: int
     modes: tuple[str, ...]
+
+
+def _consume(
+    place: Place, transports: Sequence[str], payloads: Sequence[Payload], rounds: _Rounds, malloc: str
+) -> None:
+    malloc_policy.apply(malloc)
+    serve(place)
 
 
 def _produce(

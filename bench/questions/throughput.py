@@ -8,7 +8,6 @@ byte by byte.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..exchange import Exchange, TransportError, serve
 from ..options import Options
@@ -67,7 +66,7 @@ def _tables(consumers: int, samples: Samples, payloads: Sequence[Payload], order
 # ---- processes ----
 
 
-def _consume(place: Place, *arguments: Any) -> None:
+def _consume(place: Place, *arguments: object) -> None:
     serve(place)
 
 
