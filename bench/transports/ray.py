@@ -19,6 +19,10 @@ from . import interface
 __all__ = ["Consumer", "Producer"]
 
 
+_STORE_BYTES = 2 << 30
+_cluster: tuple[str, str] | None = None
+
+
 def _ray(token: str) -> Any:
     """Import Ray with a token that this run alone has; Ray would make one and keep it in the home directory."""
     # Ray reads them when it is imported.
@@ -34,18 +38,24 @@ class Producer(interface.Producer):
 
     def __init__(self, plan: interface.Plan) -> None:
         super().__init__(plan)
-        token = secrets.token_hex(32)
+        # One cluster serves all payloads: it does not start a second time in a process.
+        global _cluster
+        token = _cluster[1] if _cluster else secrets.token_hex(32)
         self._ray = _ray(token)
-        room = max(512 << 20, 4 * sum(plan.sizes))
-        context = self._ray.init(
-            include_dashboard=False, log_to_driver=False, logging_level="ERROR", num_cpus=1, object_store_memory=room
-        )
-        self._cluster: tuple[str, str] = context.address_info["gcs_address"], token
+        if _cluster is None:
+            context = self._ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                num_cpus=1,
+                object_store_memory=_STORE_BYTES,
+            )
+            _cluster = context.address_info["gcs_address"], token
         self._messages: deque[Any] = deque()
 
     def handle(self) -> Any:
         """Where the cluster is, and its token."""
-        return self._cluster
+        return _cluster
 
     def put(self, tensors: Sequence[torch.Tensor]) -> Sequence[interface.Frames]:
         """One copy, into the store."""
@@ -57,9 +67,8 @@ class Producer(interface.Producer):
         self._messages.popleft()
 
     def close(self) -> None:
-        """Stop Ray."""
+        """Drop all references. Ray ends with the process."""
         self._messages.clear()
-        self._ray.shutdown()
 
 
 class Consumer(interface.Consumer):
@@ -71,13 +80,10 @@ class Consumer(interface.Consumer):
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         address, token = handle
         self._ray = _ray(token)
-        self._ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        if not self._ray.is_initialized():
+            self._ray.init(address=address, log_to_driver=False, logging_level="ERROR")
 
     def open(self, frames: interface.Frames) -> list[torch.Tensor]:
         """Read-only arrays in the store."""
         arrays = self._ray.get(self._ray.cloudpickle.loads(bytes(frames[0])))
         return [torch.from_numpy(array) for array in arrays]
-
-    def close(self) -> None:
-        """Leave the cluster."""
-        self._ray.shutdown()
