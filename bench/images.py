@@ -40,6 +40,7 @@ __all__ = [
 PATCH = 14
 MERGE = 2
 TEMPORAL_PATCH = 2
+CHANNELS = 3
 FACTOR = PATCH * MERGE
 MIN_PIXELS = 56 * 56
 MAX_PIXELS = 28 * 28 * 1280
@@ -171,7 +172,7 @@ def patch_image(image: Image.Image) -> PatchedImage:
     frames = pixels.expand(TEMPORAL_PATCH, 3, height, width)
     split = frames.reshape(TEMPORAL_PATCH, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
     # (frame, channel, H, mh, y, W, mw, x) -> (H, W, mh, mw | channel, frame, y, x)
-    patches = split.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(rows * columns, 3 * TEMPORAL_PATCH * PATCH * PATCH)
+    patches = split.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape(rows * columns, CHANNELS * TEMPORAL_PATCH * PATCH * PATCH)
     return PatchedImage(patches, torch.tensor([[1, rows, columns]], dtype=torch.int64))
 
 

@@ -23,6 +23,8 @@ class Options:
         Names of transports, in the order of the tables.
     consumers
         How many consumers; one table each.
+    malloc
+        How consumers allocate, see `malloc_policy`.
     """
 
     rounds: int | None = None
@@ -30,6 +32,7 @@ class Options:
     sizes: tuple[str, ...] = ()
     transports: tuple[str, ...] = ()
     consumers: tuple[int, ...] = ()
+    malloc: str = "settled"
 
     def rounds_or(self, default: int, quick: int = 3) -> int:
         """Rounds asked for, else `quick` in a quick run, else `default`."""

@@ -82,6 +82,28 @@ class SegmentTensor:
         _unlink(self._name)
         return owned
 
+    def view(self) -> torch.Tensor:
+        """Return a tensor over the segment of an unpickled object; it must be gone before `close`.
+
+        Raises
+        ------
+        FileNotFoundError
+            If this object is not open.
+        """
+        if self._segment is None:
+            raise FileNotFoundError(f"segment {self._name} is not open here")
+        return self._tensor_in(self._segment)
+
+    def close(self) -> None:
+        """Unmap, without unlinking: for callers that count the readers themselves."""
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            segment.close()
+
+    def unlink(self) -> None:
+        """Remove the name, if it is still there."""
+        _unlink(self._name)
+
     def _tensor_in(self, segment: shared_memory.SharedMemory) -> torch.Tensor:
         numel = self._shape.numel()
         if numel == 0:

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
+from .process_tree import MeasurementError
+
 __all__ = ["Worker", "WorkerError"]
 
 BOUND = 120.0
 
 
-class WorkerError(RuntimeError):
+class WorkerError(MeasurementError):
     """A worker raised (the message is its traceback), died or gave no answer."""
 
 

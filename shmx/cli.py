@@ -33,7 +33,14 @@ def _demo(argv: Sequence[str]) -> int:
     return int(demo.main(list(argv)))
 
 
+def _bench(argv: Sequence[str]) -> int:
+    from shmx.bench import runner
+
+    return runner.main(argv)
+
+
 _COMMANDS = {
+    "bench": (_bench, "measurements beside the lower bounds of the machine and beside other transports"),
     "demo": (_demo, "the main job on real photographs: a tokenizer process, ZMQ, a gloo broadcast, N ranks"),
     "gc": (_gc, "remove arenas whose owners are gone"),
 }

@@ -17,9 +17,10 @@ import torch
 import shmx
 from shmx import _core
 
+from ..contenders import Contender, clock, take_turns
 from ..options import Options
+from ..process_tree import MeasurementError
 from ..report import Check, Report, Table, paired_ratio, size_text
-from ..turns import Contender, clock, take_turns
 
 __all__ = ["measure"]
 
@@ -186,7 +187,7 @@ def _checks(table: Table, mode: str) -> list[Check]:
 
 
 def measure(options: Options) -> Report:
-    """Measure every size; raises ``RuntimeError`` if a copy was wrong."""
+    """Measure every size; raises ``MeasurementError`` if a copy was wrong."""
     rotation = 4 << 20 if options.quick else ROTATION
     hot = Table("Same destination again and again", "us", baseline="share")
     rotating = Table(f"Destination rotates through {size_text(rotation)} or two tensors", "us", baseline="share")
@@ -197,7 +198,7 @@ def measure(options: Options) -> Report:
             bench.fill()
             take_turns(_contenders(bench, hot, rotating, fresh), options.rounds_or(40))
             if not bench.right():
-                raise RuntimeError(f"wrong bytes after copies of {size_text(size)}")
+                raise MeasurementError(f"wrong bytes after copies of {size_text(size)}")
         finally:
             bench.close()
     hot.notes = [

@@ -20,9 +20,11 @@ import shmx
 from shmx import ArenaFullError, _core
 from shmx.arena import default_arena
 
+from ..contenders import clock
 from ..options import Options
+from ..process_tree import MeasurementError
 from ..report import Check, Report, Table, quantile, size_text
-from ..turns import clock, rotated
+from ..turns import rotated
 from ..worker import Worker
 
 __all__ = ["measure"]
@@ -136,7 +138,7 @@ def _read_and_own(
     found = int(_timed(costs, "full read of the view", view.sum))
     own = _timed(costs, "materialize", materialize)
     if found != expected or int(own.sum()) != expected:
-        raise RuntimeError("a consumer read other bytes than were shared")
+        raise MeasurementError("a consumer read other bytes than were shared")
 
 
 def _first_messages(sizes: Sequence[int], rounds: int) -> list[Table]:
@@ -208,7 +210,7 @@ class _Server:
             for name in rotated(list(ways), turn):
                 times[name].append(ways[name]())
         if not all(torch.equal(handle.view(), self._source) for handle in (held[0], held[-1])):
-            raise RuntimeError("a view shows other bytes than were shared")
+            raise MeasurementError("a view shows other bytes than were shared")
         return times
 
 
@@ -261,7 +263,7 @@ class _Full:
                 self._held.append(self._arena.share(self._source))
             except ArenaFullError:
                 return
-            raise RuntimeError("a full arena has taken another tensor")
+            raise MeasurementError("a full arena has taken another tensor")
 
         return [clock(refuse) for _ in range(repeats)]
 
@@ -272,7 +274,7 @@ class _Full:
             self._held.pop(0).release()
             times.append(clock(lambda: self._held.append(self._arena.share(self._source))))
         if not all(torch.equal(handle.view(), self._source) for handle in (self._held[0], self._held[-1])):
-            raise RuntimeError("a view shows other bytes than were shared")
+            raise MeasurementError("a view shows other bytes than were shared")
         return times
 
     def reshape(self) -> float:
@@ -304,7 +306,7 @@ def _pressure(capacity: int, rounds: int) -> Table:
 
 
 def measure(options: Options) -> Report:
-    """Measure all parts; raises ``RuntimeError`` if a consumer read other bytes than were shared."""
+    """Measure all parts; raises ``MeasurementError`` if a consumer read other bytes than were shared."""
     quick = options.quick
     tables = _first_messages(QUICK_SIZES if quick else SIZES, options.rounds_or(15))
     times, against, checks = _growth(QUICK_REQUEST if quick else REQUEST, QUICK_REQUESTS if quick else REQUESTS)

@@ -28,6 +28,7 @@ import torch
 import shmx
 
 from ..options import Options
+from ..process_tree import MeasurementError
 from ..report import Check, Report, Table, size_text
 from ..worker import Worker
 
@@ -156,7 +157,7 @@ def _exchange(
         blob, sums, costs = producer.call("publish", turn, mark)
         right, more = consumer.call("consume", blob, sums, mode, mark)
         if not right:
-            raise RuntimeError("a consumer read other bytes than were shared")
+            raise MeasurementError("a consumer read other bytes than were shared")
         if turn >= 0:
             yield len(blob), {**costs, **more}
 
@@ -269,7 +270,7 @@ def _one_copy(size: int) -> tuple[Table, list[float]]:
             for consumer in consumers:
                 consumer.send("view", blob)
             if any([consumer.receive() != expected for consumer in consumers]):
-                raise RuntimeError("a consumer read other bytes than were shared")
+                raise MeasurementError("a consumer read other bytes than were shared")
             after = _summed([producer, *consumers])
             column = f"{count} consumer{'s' * (count > 1)}"
             shared = after["Pss_Shmem"] - before["Pss_Shmem"]
@@ -308,7 +309,7 @@ def _middle(samples: Sequence[float]) -> float:
 
 
 def measure(options: Options) -> Report:
-    """Measure all parts; raises ``RuntimeError`` if a consumer read other bytes than were shared."""
+    """Measure all parts; raises ``MeasurementError`` if a consumer read other bytes than were shared."""
     sizes = QUICK_MESSAGE if options.quick else MESSAGE
     tables, wire = _counted(sizes, options.rounds_or(60))
     calls, calls_note = _system_calls(sizes, TRACED_MESSAGES if not options.quick else 3)

@@ -19,9 +19,11 @@ import torch
 
 import shmx
 
+from ..contenders import clock
 from ..options import Options
+from ..process_tree import MeasurementError
 from ..report import Check, Report, Table, paired_ratio, size_text
-from ..turns import clock, rotated
+from ..turns import rotated
 from ..worker import Worker
 
 __all__ = ["measure", "slope"]
@@ -83,7 +85,7 @@ class _Consumer:
         views = [handle.view() for handle in handles]
         viewed = time.perf_counter_ns()
         if [int(view[0]) for view in views] != list(expected):
-            raise RuntimeError("a view shows other bytes than were shared")
+            raise MeasurementError("a view shows other bytes than were shared")
         views.clear()
         released = clock(lambda: [handle.release() for handle in handles])
         return {"loads": (loaded - start) / 1e3, "view": (viewed - loaded) / 1e3, "release": released}
@@ -189,7 +191,7 @@ def _small_cycles(arena: shmx.Arena, source: torch.Tensor) -> dict[str, float]:
             loaded = pickle.loads(pickle.dumps(handle))
             done = time.perf_counter_ns()
         if not torch.equal(loaded.view(), source):
-            raise RuntimeError("a view shows other bytes than were shared")
+            raise MeasurementError("a view shows other bytes than were shared")
         loaded.release()
         samples["share"].append((shared - start) / 1e3)
         samples["dumps + loads"].append((done - pickled) / 1e3)
@@ -274,7 +276,7 @@ def _processes(rounds: int, counts: Sequence[int]) -> Table:
         for turn in range(-1, rounds):
             for count in counts:
                 if crowd.call("grow", count) != count:
-                    raise RuntimeError(f"not all of {count} processes are attached")
+                    raise MeasurementError(f"not all of {count} processes are attached")
                 for row, sample in crowd.call("cost").items():
                     if turn >= 0:
                         table.add(row, str(count), sample)
@@ -287,7 +289,7 @@ def _processes(rounds: int, counts: Sequence[int]) -> Table:
 
 
 def measure(options: Options) -> Report:
-    """Measure all tables; raises ``RuntimeError`` if a view showed other bytes than were shared."""
+    """Measure all tables; raises ``MeasurementError`` if a view showed other bytes than were shared."""
     quick = options.quick
     rounds = options.rounds_or(15)
     blocks = BLOCKS[:3] if quick else BLOCKS

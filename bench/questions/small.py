@@ -18,9 +18,11 @@ import torch
 
 import shmx
 
+from ..contenders import Contender, clock, take_turns
 from ..options import Options
+from ..process_tree import MeasurementError
 from ..report import Check, Report, Table, paired_ratio, size_text
-from ..turns import Contender, clock, rotated, take_turns
+from ..turns import rotated
 from ..worker import Worker
 
 __all__ = ["measure"]
@@ -159,7 +161,7 @@ class _Consumer:
             view = handle.view()
             viewed = time.perf_counter_ns()
             if int(view[::4093].sum()) != expected:
-                raise RuntimeError("the view shows other bytes than were shared")
+                raise MeasurementError("the view shows other bytes than were shared")
             del view
             released = clock(handle.release)
             for name, elapsed in (
@@ -255,7 +257,7 @@ def _checks(one: Table, two: Table, small: str, large: str) -> list[Check]:
 
 
 def measure(options: Options) -> Report:
-    """Measure both parts; raises ``RuntimeError`` if a view showed other bytes than were shared."""
+    """Measure both parts; raises ``MeasurementError`` if a view showed other bytes than were shared."""
     sizes = (SMALL, QUICK_LARGE if options.quick else LARGE)
     one = Table("One process, a tensor of 4 KiB", "us", baseline="dumps + loads, tuple of three ints")
     two = Table("Two processes", "us", baseline="ZMQ ipc round trip")
@@ -263,7 +265,7 @@ def measure(options: Options) -> Report:
         source = torch.randint(0, 255, (SMALL,), dtype=torch.uint8)
         handle = arena.share(source)
         if not torch.equal(pickle.loads(pickle.dumps(handle)).view(), source):
-            raise RuntimeError("the view shows other bytes than were shared")
+            raise MeasurementError("the view shows other bytes than were shared")
         handle.release()
         take_turns(_one_process(one, arena, source), options.rounds_or(100))
         _two_processes(two, arena, sizes, options.rounds_or(60))

@@ -1,0 +1,64 @@
+"""Draws tables whose columns are sizes: one line per row, both axes logarithmic."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib
+
+from .payloads import parse
+from .report import Report, Table, quantile
+
+__all__ = ["draw"]
+
+
+def draw(report: Report, folder: Path) -> list[Path]:
+    """Write a PNG for every table that has at least two sizes as columns; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for table in report.tables:
+        sizes = _sizes(table)
+        if len(sizes) > 1:
+            slug = re.sub(r"[^a-z0-9]+", "-", f"{report.question} {table.title}".lower()).strip("-")
+            files.append(_draw(table, sizes, folder / f"{slug}.png"))
+    return files
+
+
+def _sizes(table: Table) -> dict[str, int]:
+    """Bytes of the columns that name a size."""
+    sizes = {}
+    for column in table.columns():
+        try:
+            sizes[column] = parse(column.replace(" ", "")).nbytes
+        except ValueError:
+            continue
+    return sizes
+
+
+def _draw(table: Table, sizes: dict[str, int], file: Path) -> Path:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    ordered = sorted(sizes, key=sizes.__getitem__)
+    for row, cells in table.samples.items():
+        columns = [column for column in ordered if cells.get(column)]
+        medians = [quantile(cells[column], 0.5) for column in columns]
+        ours = row == table.baseline
+        axes.plot(
+            [sizes[column] for column in columns],
+            medians,
+            marker="o",
+            label=row,
+            linewidth=2.5 if ours else 1.2,
+            color="black" if ours else None,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel=table.unit, title=table.title)
+    axes.set_xticks([sizes[column] for column in ordered], ordered, rotation=45)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+    return file

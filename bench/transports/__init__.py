@@ -1,0 +1,1 @@
+"""One module per transport, each with a ``Producer`` and a ``Consumer``; `registry` finds them by name."""

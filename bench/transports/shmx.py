@@ -1,0 +1,60 @@
+"""Handles of blocks in an arena; every load is announced."""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import shmx
+
+from . import interface
+
+__all__ = ["Consumer", "Producer"]
+
+
+class Producer(interface.Producer):
+    """Shares, announces, lets go at once: announced loads keep the blocks."""
+
+    def __init__(self, plan: interface.Plan) -> None:
+        super().__init__(plan)
+        self._arena = shmx.Arena()
+
+    def put(self, tensors: Sequence[torch.Tensor]) -> Sequence[interface.Frames]:
+        """Copy in, pickle the handles."""
+        handles = [self._arena.share(tensor) for tensor in tensors]
+        with shmx.readers(self.plan.consumers):
+            blob = pickle.dumps(handles)
+        for handle in handles:
+            handle.release()
+        return [[blob]] * self.plan.consumers
+
+    def close(self) -> None:
+        """The last one to leave an arena removes it."""
+        self._arena.close()
+
+
+class Consumer(interface.Consumer):
+    """Loads, views or materializes, releases."""
+
+    def __init__(self, plan: interface.Plan, handle: Any, index: int) -> None:
+        super().__init__(plan, handle, index)
+        self._held: deque[list[shmx.SharedTensor]] = deque()
+
+    def open(self, frames: interface.Frames) -> list[torch.Tensor]:
+        """Zero-copy views."""
+        self._held.append(pickle.loads(frames[0]))
+        return [handle.view() for handle in self._held[-1]]
+
+    def own(self, frames: interface.Frames) -> list[torch.Tensor]:
+        """Copies into recycled private memory."""
+        self._held.append(pickle.loads(frames[0]))
+        return [handle.materialize() for handle in self._held[-1]]
+
+    def done(self) -> None:
+        """Give the blocks back."""
+        for handle in self._held.popleft():
+            handle.release()
