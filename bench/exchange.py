@@ -11,9 +11,11 @@ import itertools
 import pickle
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import zmq
@@ -26,9 +28,9 @@ __all__ = ["Exchange", "TransportError", "serve"]
 
 _BOUND_MS = 120_000
 _MESSAGE, _SETUP, _CHECK, _CLOSE, _STOP = range(5)
-_HEADER = struct.Struct("<BI")
+_HEADER = struct.Struct("<BBII")
 _STAMP = struct.Struct("<q")
-_MODES = ("view", "own")
+_MODES = ("view", "own", "stream")
 
 
 class TransportError(Exception):
@@ -121,51 +123,87 @@ class Exchange:
         except Exception as error:
             raise TransportError(f"{name}: {_one_line(error)}") from error
         put = time.monotonic_ns()
-        self.send(name, mode, frames)
-        had = self.wait_stamps(name)
-        self.check(name, [serial], everything=everything)
+        self._send(name, mode, serial, frames)
+        answers = self._collect()
+        self._refuse_errors(name, answers)
+        had = max(_STAMP.unpack(answer)[0] for answer in answers)
+        self._command(_CHECK, self._numbers[name], pickle.dumps((serial, everything)))
+        self._refuse_errors(name, self._collect())
+        self.producers[name].recycle()
         return (put - start) / 1e3, (had - start) / 1e3
 
-    def send(self, name: str, mode: str, frames: Sequence[interface.Frames]) -> None:
-        """Send what `put` returned."""
-        header = _HEADER.pack(_MESSAGE + (_MODES.index(mode) << 4), self._numbers[name])
+    def stream(
+        self, name: str, prepared: Sequence[tuple[int, Sequence[torch.Tensor]]], messages: int, in_flight: int
+    ) -> float:
+        """Send many messages, at most `in_flight` of them unanswered; consumers look at the ends of each.
+
+        Parameters
+        ----------
+        prepared
+            Serials and tensors to send, over and over.
+
+        Returns
+        -------
+        float
+            Seconds from before the first `put` until the last consumer had the last message.
+
+        Raises
+        ------
+        TransportError
+            As for `turn`.
+        """
+        producer = self.producers[name]
+        answered: Counter[bytes] = Counter()
+        sent = recycled = had = 0
+        start = time.monotonic_ns()
+        while recycled < messages:
+            if sent < messages and sent - recycled < in_flight:
+                serial, tensors = prepared[sent % len(prepared)]
+                try:
+                    frames = producer.put(tensors)
+                except Exception as error:
+                    raise TransportError(f"{name}: {_one_line(error)}") from error
+                self._send(name, "stream", serial, frames)
+                sent += 1
+                continue
+            consumer, answer = self._receive()
+            self._refuse_errors(name, [answer])
+            had = max(had, _STAMP.unpack(answer)[0])
+            answered[consumer] += 1
+            while recycled < min(answered[each] for each in self._names):
+                producer.recycle()
+                recycled += 1
+        return (had - start) / 1e9
+
+    def _send(self, name: str, mode: str, serial: int, frames: Sequence[interface.Frames]) -> None:
+        header = _HEADER.pack(_MESSAGE, _MODES.index(mode), self._numbers[name], serial)
         for consumer, own in zip(self._names, frames, strict=True):
             self._socket.send_multipart([consumer, header, *own], copy=False)
 
-    def wait_stamps(self, name: str) -> int:
-        """When the last consumer had the tensors of one message, in nanoseconds of the monotonic clock."""
-        answers = self._collect()
-        self._refuse_errors(name, answers)
-        return max(_STAMP.unpack(answer)[0] for answer in answers)
-
-    def check(self, name: str, serials: Sequence[int], *, everything: bool) -> None:
-        """Have the messages that the consumers still hold checked, given back and recycled, the oldest first."""
-        for serial in serials:
-            self._command(_CHECK, self._numbers[name], pickle.dumps((serial, everything)))
-            self._refuse_errors(name, self._collect())
-            self.producers[name].recycle()
-
     def _command(self, command: int, number: int = 0, body: bytes = b"") -> None:
         for consumer in self._names:
-            self._socket.send_multipart([consumer, _HEADER.pack(command, number), body])
+            self._socket.send_multipart([consumer, _HEADER.pack(command, 0, number, 0), body])
 
     def _collect(self) -> list[bytes]:
         """One answer of each consumer, in the order of the consumers."""
         answers: dict[bytes, bytes] = {}
         while len(answers) < len(self._names):
-            try:
-                consumer, answer = self._socket.recv_multipart()
-            except zmq.Again:
-                raise MeasurementError(f"a consumer has not answered for {_BOUND_MS // 1000} s") from None
+            consumer, answer = self._receive()
             if consumer in answers:
                 raise MeasurementError(f"consumer {consumer.decode()} answered twice")
             answers[consumer] = answer
         return [answers[name] for name in self._names]
 
+    def _receive(self) -> list[bytes]:
+        try:
+            return self._socket.recv_multipart()
+        except zmq.Again:
+            raise MeasurementError(f"a consumer has not answered for {_BOUND_MS // 1000} s") from None
+
     def _refuse_errors(self, name: str, answers: Sequence[bytes]) -> None:
         for answer in answers:
             if len(answer) > _STAMP.size:
-                raise TransportError(f"{name}: {answer[_STAMP.size:].decode()}")
+                raise TransportError(f"{name}: {answer[_STAMP.size :].decode()}")
 
 
 def _plan(place: Place, name: str, payload: Payload, in_flight: int) -> interface.Plan:
@@ -202,24 +240,29 @@ class _Server:
     def run(self) -> None:
         commands = {_SETUP: self._set_up, _CHECK: self._check, _CLOSE: self._close}
         while True:
-            command, number = _HEADER.unpack(self._socket.recv())
-            if command & 15 == _MESSAGE:
-                self._receive(number, _MODES[command >> 4])
+            command, mode, number, serial = _HEADER.unpack(self._socket.recv())
+            if command == _MESSAGE:
+                self._receive(number, _MODES[mode], serial)
             elif command == _STOP:
                 return
             else:
                 self._answer(lambda command=command, number=number: commands[command](number, self._socket.recv()))  # type: ignore[misc]
 
-    def _receive(self, number: int, mode: str) -> None:
+    def _receive(self, number: int, mode: str, serial: int) -> None:
         consumer = self._consumers[number]
         frames = self._socket.recv_multipart(copy=not consumer.bulk)
         try:
-            tensors = consumer.open(frames) if mode == "view" else consumer.own(frames)
+            tensors = consumer.own(frames) if mode == "own" else consumer.open(frames)
+            if mode == "stream":
+                self._references[number].check_ends(tensors, serial)
+                del tensors
+                consumer.done()
         except Exception as error:
             self._socket.send(_STAMP.pack(0) + _one_line(error).encode())
             return
         self._socket.send(_STAMP.pack(time.monotonic_ns()))
-        self._held[number].append(tensors)
+        if mode != "stream":
+            self._held[number].append(tensors)
 
     def _answer(self, action: Callable[[], None]) -> None:
         error = ""

@@ -224,7 +224,7 @@ def _between_markers(folder: Path) -> dict[tuple[str, str], Counter[str]]:
     return calls
 
 
-def _system_calls(sizes: Sequence[int], messages: int) -> tuple[Table | None, str]:
+def _system_calls(sizes: Sequence[int], messages: int, warm_up: int = WARM_UP) -> tuple[Table | None, str]:
     strace = shutil.which("strace")
     if strace is None:
         return None, "System calls were not counted: strace is not installed."
@@ -237,7 +237,7 @@ def _system_calls(sizes: Sequence[int], messages: int) -> tuple[Table | None, st
         try:
             with _strace(strace, [producer, consumer], Path(folder)):
                 for mode in MODES:
-                    for _ in _exchange(producer, consumer, mode, messages, marked=True):
+                    for _ in _exchange(producer, consumer, mode, messages, warm_up=warm_up, marked=True):
                         pass
         except OSError as error:
             return None, f"System calls were not counted: {error}."
