@@ -1,8 +1,9 @@
 """One process that a question measures in: it builds an object, answers calls of its methods over a pipe, and ends.
 
-Waits are bounded, a child that raises raises here, and one that is left at the end is killed. Workers are forked from
-a server that has imported shmx and done nothing with it: they begin like any fresh process, without the seconds that
-each import of torch takes.
+Waits are bounded, a child that raises raises here, and one that is left at the end is killed. By default workers are
+forked from a server that has imported shmx and done nothing with it: they begin like any fresh process, without the
+seconds that each import of torch takes. Such a process shares pages with the server until it writes to them, so one
+whose page faults are counted must be spawned.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ class Worker:
         Module-level class or function; what it returns answers the calls.
     arguments
         What it is called with.
+    method
+        ``forkserver`` or ``spawn``.
     """
 
-    def __init__(self, factory: Callable[..., Any], *arguments: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
+    def __init__(self, factory: Callable[..., Any], *arguments: Any, method: str = "forkserver") -> None:
+        context = multiprocessing.get_context(method)
         context.set_forkserver_preload([__name__])
         self._connection, far = context.Pipe()
-        self.process = context.Process(target=_serve, args=(far, factory, arguments), daemon=True)
+        self.process = context.Process(target=_serve, args=(far, factory, arguments), daemon=True)  # type: ignore[attr-defined]
         self.process.start()
         far.close()
 

@@ -44,7 +44,8 @@ def test_wrong_bytes_are_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(hot_path.shutil.which("strace") is None, reason="strace is not installed")
 def test_system_calls_of_a_growing_arena_are_seen() -> None:
     """The zeros of the hot path are zeros of a counter that counts."""
-    table, note = hot_path._system_calls((1 << 20,), messages=2, warm_up=0)
+    with Worker(hot_path._Producer, (1 << 20,)) as producer, Worker(hot_path._Consumer) as consumer:
+        table, note = hot_path._system_calls(producer, consumer, messages=2, warm_up=0)
     if table is None:
         pytest.skip(note)  # tracing is forbidden here
     assert table.median("producer", "view") > 0

@@ -45,11 +45,12 @@ class _Bench:
         self.source = torch.randint(0, 255, (size,), dtype=torch.uint8)
         self.places = max(2, rotation // size)
         self.private = torch.zeros(self.places * size, dtype=torch.uint8)
-        # An arena of its own for the bounds: the blocks of `share` stay in theirs.
-        self._bounds_arena = shmx.Arena(capacity=self.places * size + (64 << 20))
+        # An arena each: what is released in one is the first choice of the next share there, whoever asks.
+        self._bounds_arena, self._hot_arena, self._arena = (
+            shmx.Arena(capacity=4 * self.places * size + (64 << 20)) for _ in range(3)
+        )
         self.shared = self._bounds_arena.empty(self.places * size, dtype=torch.uint8)
         self.shared.zero_()
-        self.arena = shmx.Arena(capacity=4 * self.places * size + (64 << 20))
         self.held: deque[shmx.SharedTensor] = deque()
         self.place = 0
         self.copied: dict[Callable[[], float], torch.Tensor] = {}
@@ -70,7 +71,7 @@ class _Bench:
     def share_hot(self) -> float:
         def one() -> float:
             handles: list[shmx.SharedTensor] = []
-            elapsed = clock(lambda: handles.append(self.arena.share(self.source)))
+            elapsed = clock(lambda: handles.append(self._hot_arena.share(self.source)))
             handles[0].release()
             return elapsed
 
@@ -78,7 +79,7 @@ class _Bench:
 
     def share_rotating(self) -> float:
         def one() -> float:
-            elapsed = clock(lambda: self.held.append(self.arena.share(self.source)))
+            elapsed = clock(lambda: self.held.append(self._arena.share(self.source)))
             if len(self.held) >= self.places:
                 self.held.popleft().release()
             return elapsed
@@ -88,7 +89,7 @@ class _Bench:
     def fill(self) -> None:
         """Let `share` hold as many blocks as it cycles through."""
         while len(self.held) < self.places - 1:
-            self.held.append(self.arena.share(self.source))
+            self.held.append(self._arena.share(self.source))
         for _ in range(self.places):
             self.share_rotating()
 
@@ -137,9 +138,9 @@ class _Bench:
     def close(self) -> None:
         self.held.clear()
         self.copied.clear()
-        self.arena.close()
         del self.shared
-        self._bounds_arena.close()
+        for arena in (self._bounds_arena, self._hot_arena, self._arena):
+            arena.close()
 
 
 def _copy(into: torch.Tensor, source: torch.Tensor) -> None:
@@ -192,15 +193,20 @@ def measure(options: Options) -> Report:
     hot = Table("Same destination again and again", "us", baseline="share")
     rotating = Table(f"Destination rotates through {size_text(rotation)} or two tensors", "us", baseline="share")
     fresh = Table("Beside fresh pages", "us", baseline="share, rotating")
-    for size in QUICK_SIZES if options.quick else SIZES:
-        bench = _Bench(size, rotation)
-        try:
-            bench.fill()
-            take_turns(_contenders(bench, hot, rotating, fresh), options.rounds_or(40))
-            if not bench.right():
-                raise MeasurementError(f"wrong bytes after copies of {size_text(size)}")
-        finally:
-            bench.close()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for size in QUICK_SIZES if options.quick else SIZES:
+            bench = _Bench(size, rotation)
+            try:
+                bench.fill()
+                take_turns(_contenders(bench, hot, rotating, fresh), options.rounds_or(40))
+                if not bench.right():
+                    raise MeasurementError(f"wrong bytes after copies of {size_text(size)}")
+            finally:
+                bench.close()
+    finally:
+        torch.set_num_threads(threads)
     hot.notes = [
         "Every contender copies once untimed before its samples: the others have used the caches since its last turn.",
         f"A sample of a size below {size_text(SAMPLE_BYTES)} is the median of up to 64 calls, one clock reading each.",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import shmx
+from shmx import _core
 
 from ..contenders import clock
 from ..options import Options
@@ -150,7 +151,9 @@ def _tensors_per_request(rounds: int, counts: Sequence[int], total: int) -> Tabl
         table,
         counts,
         "A pickle carries each tensor by itself, so dumps, loads, view and release grow with their number; share "
-        "copies the same bytes however they are cut, so the calls show only at the largest numbers.",
+        "copies the same bytes however they are cut, but pieces below the threshold of non-temporal stores "
+        f"({size_text(_core.non_temporal_threshold())} here) go through the cache, and at the largest numbers the "
+        "calls show.",
     )
 
 
