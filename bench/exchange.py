@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import zmq
@@ -27,7 +26,7 @@ from .transports import interface, registry
 __all__ = ["Exchange", "TransportError", "serve"]
 
 _BOUND_MS = 120_000
-_MESSAGE, _SETUP, _CHECK, _CLOSE, _STOP = range(5)
+_MESSAGE, _SETUP, _CHECK, _CLOSE, _PING, _STOP = range(6)
 _HEADER = struct.Struct("<BBII")
 _STAMP = struct.Struct("<q")
 _MODES = ("view", "own", "stream")
@@ -132,6 +131,13 @@ class Exchange:
         self.producers[name].recycle()
         return (put - start) / 1e3, (had - start) / 1e3
 
+    def ping(self) -> float:
+        """Microseconds until the last consumer has received a message without content."""
+        start = time.monotonic_ns()
+        self._command(_PING)
+        had: int = max(_STAMP.unpack(answer)[0] for answer in self._collect())
+        return (had - start) / 1e3
+
     def stream(
         self, name: str, prepared: Sequence[tuple[int, Sequence[torch.Tensor]]], messages: int, in_flight: int
     ) -> float:
@@ -155,24 +161,33 @@ class Exchange:
         producer = self.producers[name]
         answered: Counter[bytes] = Counter()
         sent = recycled = had = 0
+        failure: TransportError | None = None
         start = time.monotonic_ns()
-        while recycled < messages:
-            if sent < messages and sent - recycled < in_flight:
+        # After a failure nothing more is sent, but every answer is awaited: the next command must not meet them.
+        while (sent < messages and failure is None) or answered.total() < sent * len(self._names):
+            if failure is None and sent < messages and sent - recycled < in_flight:
                 serial, tensors = prepared[sent % len(prepared)]
                 try:
                     frames = producer.put(tensors)
                 except Exception as error:
-                    raise TransportError(f"{name}: {_one_line(error)}") from error
+                    failure = TransportError(f"{name}: {_one_line(error)}")
+                    continue
                 self._send(name, "stream", serial, frames)
                 sent += 1
                 continue
             consumer, answer = self._receive()
-            self._refuse_errors(name, [answer])
-            had = max(had, _STAMP.unpack(answer)[0])
             answered[consumer] += 1
-            while recycled < min(answered[each] for each in self._names):
+            try:
+                self._refuse_errors(name, [answer])
+            except TransportError as error:
+                failure = failure or error
+                continue
+            had = max(had, _STAMP.unpack(answer)[0])
+            while failure is None and recycled < min(answered[each] for each in self._names):
                 producer.recycle()
                 recycled += 1
+        if failure is not None:
+            raise failure
         return (had - start) / 1e9
 
     def _send(self, name: str, mode: str, serial: int, frames: Sequence[interface.Frames]) -> None:
@@ -215,9 +230,8 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def serve(place: Place, prepare: Callable[[], None] = lambda: None) -> None:
+def serve(place: Place) -> None:
     """A consumer: do what the producer says until it says stop."""
-    prepare()
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.set(zmq.IDENTITY, f"{place.index}".encode())
         socket.set(zmq.LINGER, 1000)
@@ -243,14 +257,17 @@ class _Server:
             command, mode, number, serial = _HEADER.unpack(self._socket.recv())
             if command == _MESSAGE:
                 self._receive(number, _MODES[mode], serial)
+            elif command == _PING:
+                self._socket.recv()
+                self._socket.send(_STAMP.pack(time.monotonic_ns()))
             elif command == _STOP:
                 return
             else:
-                self._answer(lambda command=command, number=number: commands[command](number, self._socket.recv()))  # type: ignore[misc]
+                self._answer(commands[command], number, self._socket.recv())
 
     def _receive(self, number: int, mode: str, serial: int) -> None:
         consumer = self._consumers[number]
-        frames = self._socket.recv_multipart(copy=not consumer.bulk)
+        frames = self._socket.recv_multipart(0, not consumer.bulk)
         try:
             tensors = consumer.own(frames) if mode == "own" else consumer.open(frames)
             if mode == "stream":
@@ -264,10 +281,10 @@ class _Server:
         if mode != "stream":
             self._held[number].append(tensors)
 
-    def _answer(self, action: Callable[[], None]) -> None:
+    def _answer(self, action: Callable[[int, bytes], None], number: int, body: bytes) -> None:
         error = ""
         try:
-            action()
+            action(number, body)
         # Any failure of a transport is reported, and ends that transport alone.
         except Exception as failed:
             error = _one_line(failed)

@@ -23,6 +23,8 @@ class Options:
         Names of transports, in the order of the tables.
     consumers
         How many consumers; one table each.
+    modes
+        ``view``, ``own``: what `latency` measures.
     malloc
         How consumers allocate, see `malloc_policy`.
     """
@@ -32,6 +34,7 @@ class Options:
     sizes: tuple[str, ...] = ()
     transports: tuple[str, ...] = ()
     consumers: tuple[int, ...] = ()
+    modes: tuple[str, ...] = ()
     malloc: str = "settled"
 
     def rounds_or(self, default: int, quick: int = 3) -> int:

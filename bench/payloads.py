@@ -67,15 +67,19 @@ def _places(elements: int) -> torch.Tensor:
 
 
 def _stamps(serial: int, index: int, count: int) -> torch.Tensor:
-    return torch.arange(count, dtype=torch.int32).add_(serial * 100_003 + index * 1_009)
+    return torch.arange(count, dtype=torch.int32).add_(_stamp(serial, index))
+
+
+def _stamp(serial: int, index: int) -> int:
+    return serial * 100_003 % 1_000_000_007 + index * 1_009
 
 
 class Sources:
     """Messages to send, in several buffers that take turns, so that a source is not always in the cache."""
 
-    def __init__(self, payload: Payload) -> None:
+    def __init__(self, payload: Payload, buffers: int = _SOURCES) -> None:
         content = [_content(size, index) for index, size in enumerate(payload.sizes)]
-        self._sets = [content, *([tensor.clone() for tensor in content] for _ in range(_SOURCES - 1))]
+        self._sets = [content, *([tensor.clone() for tensor in content] for _ in range(buffers - 1))]
         self._places = [_places(len(tensor)) for tensor in content]
 
     def stamped(self, serial: int) -> list[torch.Tensor]:
@@ -104,6 +108,20 @@ class Reference:
         if len(tensors) != len(self._content):
             return f"{len(tensors)} tensors instead of {len(self._content)}"
         return next(self._faults(tensors, serial, everything), None)
+
+    def check_ends(self, tensors: Sequence[torch.Tensor], serial: int) -> None:
+        """Look at the first and the last element of each tensor, in few microseconds.
+
+        Raises
+        ------
+        AssertionError
+            They are not those of message `serial`.
+        """
+        for index, (tensor, places) in enumerate(zip(tensors, self._places, strict=True)):
+            got = tensor.view(torch.int32)
+            first = _stamp(serial, index)
+            if got[0].item() != first or got[-1].item() != first + len(places) - 1:
+                raise AssertionError(f"message {serial}, tensor {index}: not the bytes of this message")
 
     def _faults(self, tensors: Sequence[torch.Tensor], serial: int, everything: bool) -> Iterator[str]:
         for index, (tensor, content, places) in enumerate(zip(tensors, self._content, self._places, strict=True)):

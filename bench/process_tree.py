@@ -115,7 +115,9 @@ def _answers(children: list[tuple[Any, Connection[Any, Any]]], bound_s: float) -
     raise AssertionError
 
 
-def _enter(connection: Connection[Any, Any], entry: Callable[..., Any], place: Place, arguments: tuple[Any, ...]) -> None:
+def _enter(
+    connection: Connection[Any, Any], entry: Callable[..., Any], place: Place, arguments: tuple[Any, ...]
+) -> None:
     # More threads than cores would only compete.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (place.consumers + 1)))
     try:

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import malloc_policy, questions
@@ -59,15 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes=arguments.sizes,
         transports=arguments.transports,
         consumers=arguments.consumers,
+        modes=arguments.modes,
         malloc=arguments.malloc,
     )
     try:
         return _run(arguments.questions or list(known), options, arguments.json, arguments.plots)
     except ModuleNotFoundError as error:
         print(f"shmx bench: {error.name} is not installed: pip install 'torch-shmx[bench]'", file=sys.stderr)
-        return STATUS_USAGE
-    except ValueError as error:
-        print(f"shmx bench: {error}", file=sys.stderr)
         return STATUS_USAGE
 
 
@@ -86,9 +84,10 @@ def _run(names: Sequence[str], options: Options, json_file: Path | None, plots_f
     for name, module in zip(names, modules, strict=True):
         try:
             report: Report = module.measure(options)
-        except MeasurementError as error:
+        # The other questions may still be answered.
+        except (MeasurementError, ValueError) as error:
             print(f"shmx bench: {name}: {error}", file=sys.stderr)
-            status = STATUS_FAILED
+            status = max(status, STATUS_FAILED if isinstance(error, MeasurementError) else STATUS_USAGE)
             continue
         print(report.text(), flush=True)
         answered.append(report)
@@ -114,7 +113,10 @@ def _parse(argv: Sequence[str] | None, known: dict[str, str]) -> argparse.Namesp
     parser.add_argument("--sizes", type=_names, default=(), metavar="A,B", help="4KiB, 16MiB, 8x24MiB, mm32 ...")
     parser.add_argument("--transports", type=_names, default=(), metavar="A,B", help="e.g. shmx,iceoryx2")
     parser.add_argument("--consumers", type=_numbers, default=(), metavar="N,M", help="e.g. 1,4")
-    parser.add_argument("--malloc", choices=malloc_policy.POLICIES, default="settled", help="of consumers (default: %(default)s)")
+    parser.add_argument("--modes", type=_modes, default=(), metavar="A,B", help="view, own (latency; default: both)")
+    parser.add_argument(
+        "--malloc", choices=malloc_policy.POLICIES, default="settled", help="of consumers (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write a PNG for every table with several sizes")
     arguments = parser.parse_args(argv)
@@ -130,13 +132,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _split(text: str, convert: Callable[[str], int]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(convert(part) for part in text.split(",")))
-
-
 def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
+def _modes(text: str) -> tuple[str, ...]:
+    names = _names(text)
+    if not set(names) <= {"view", "own"}:
+        raise argparse.ArgumentTypeError(f"{text!r}: write view, own, or view,own")
+    return names
+
+
 def _numbers(text: str) -> tuple[int, ...]:
-    return _split(text, _positive)
+    return tuple(dict.fromkeys(_positive(part) for part in text.split(",")))

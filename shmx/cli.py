@@ -36,7 +36,7 @@ def _demo(argv: Sequence[str]) -> int:
 def _bench(argv: Sequence[str]) -> int:
     from shmx.bench import runner
 
-    return runner.main(argv)
+    return int(runner.main(argv))
 
 
 _COMMANDS = {

@@ -8,9 +8,10 @@ bytes every few rounds.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from .. import malloc_policy
 from ..exchange import Exchange, TransportError, serve
@@ -27,14 +28,14 @@ SIZES = ("4KiB", "64KiB", "1MiB", "16MiB", "64MiB", "128MiB", MM32)
 QUICK_SIZES = ("4KiB", "1MiB")
 CONSUMERS = (1, 4)
 MODES = ("view", "own")
+CHANNEL = "(the channel alone)"
 ROUNDS = 30
-WARM_UP = 5
+WARM_UP = 4
 EVERYTHING_EVERY = 5
 _BOUND_S = 3600.0
 
 # Least ratio of the fastest peer's time to ours, and of the time of those that make fresh segments.
-_PEERS = ("iceoryx2", "vllm_arena", "vllm_storage", "pyshmem", "sglang", "segment", "torch_fs", "torch_fd", "pickle5")
-_PEERS += ("pickle", "ray")
+_PEERS = tuple(name for name in registry.ALL if name != "shmx")
 _NOT_SLOWER = 0.95
 _VIEW_GAIN = {"16MiB": 1.15, "64MiB": 1.3, "128MiB": 1.3, MM32: 1.3}
 _FRESH = ("segment", "torch_fs", "torch_fd")
@@ -55,14 +56,16 @@ def measure(options: Options) -> Report:
     warm_up = 1 if options.quick else WARM_UP
     report = Report("latency", options={**vars(options), "rounds": rounds, "warm_up": warm_up}, notes=notes)
     for consumers in options.consumers or ((1,) if options.quick else CONSUMERS):
+        plan = _Rounds(rounds, warm_up, options.modes or MODES)
         samples, failures = run(
-            _produce, _consume, consumers, transports, payloads, rounds, warm_up, options.malloc, bound_s=_BOUND_S
+            _produce, _consume, consumers, transports, payloads, plan, options.malloc, bound_s=_BOUND_S
         )
-        report.notes += [f"{consumers} consumers: {failure}" for failure in failures]
-        tables = {mode: _table(mode, consumers, samples[mode], transports) for mode in MODES}
+        report.notes += [f"{consumers} consumer(s): {failure}" for failure in failures]
+        tables = {mode: _table(mode, consumers, samples[mode], transports) for mode in plan.modes}
         report.tables += tables.values()
-        report.checks += _checks(tables["view"], tables["own"], consumers)
+        report.checks += [check for mode, table in tables.items() for check in _checks(mode, table, consumers)]
     report.notes += [
+        f"{CHANNEL} is a message without content: what no transport can be faster than here.",
         f"Owned copies: malloc policy '{options.malloc}' in every consumer ({malloc_policy.POLICIES[options.malloc]}). "
         "shmx materializes into recycled memory of its own, pyshmem into arrays that its adapter recycles.",
         "pickle, pickle5 and vllm_storage have no views: what is theirs under 'view' is an owned copy. sglang's owned "
@@ -74,7 +77,7 @@ def measure(options: Options) -> Report:
 def _table(mode: str, consumers: int, samples: dict[str, dict[str, list[float]]], order: Sequence[str]) -> Table:
     what = {"view": "put until the last consumer can read", "own": "put until the last consumer owns a copy"}[mode]
     table = Table(f"{what}, {consumers} consumer{'s' if consumers > 1 else ''}", "us", baseline="shmx")
-    for name in order:
+    for name in (*order, CHANNEL):
         cells = {size: cell[name] for size, cell in samples.items() if name in cell}
         if cells:
             table.samples[name] = cells
@@ -84,22 +87,20 @@ def _table(mode: str, consumers: int, samples: dict[str, dict[str, list[float]]]
 # ---- marks ----
 
 
-def _checks(view: Table, own: Table, consumers: int) -> list[Check]:
+def _checks(mode: str, table: Table, consumers: int) -> list[Check]:
     """Mark 1. Paired by round; a peer's ratio is its time over ours."""
     checks = []
-    for table in (view, own):
-        what = "view" if table is view else "own"
-        for size in table.columns():
-            where = f"{what} {size}, {consumers} consumers"
-            best, ratio = _fastest_peer(table, size)
-            if best:
-                limit = _VIEW_GAIN.get(size, _NOT_SLOWER) if table is view else _NOT_SLOWER
-                checks.append(_check(f"{where}: fastest peer ({best}) / shmx", ratio, limit))
-            for peer in _FRESH if table is view and size in _FRESH_VIEW_SIZES else ():
-                checks.append(_check(f"{where}: {peer} / shmx", _ratio(table, peer, size), _FRESH_VIEW_GAIN))
-            if table is own and size in _SEGMENT_OWN_SIZES and consumers in _SEGMENT_OWN_GAIN:
-                limit = _SEGMENT_OWN_GAIN[consumers]
-                checks.append(_check(f"{where}: segment / shmx", _ratio(table, "segment", size), limit))
+    for size in table.columns():
+        where = f"{mode} {size}, {consumers} consumer{'s' if consumers > 1 else ''}"
+        best, ratio = _fastest_peer(table, size)
+        if best:
+            limit = _VIEW_GAIN.get(size, _NOT_SLOWER) if mode == "view" else _NOT_SLOWER
+            checks.append(_check(f"{where}: fastest peer ({best}) / shmx", ratio, limit))
+        for peer in _FRESH if mode == "view" and size in _FRESH_VIEW_SIZES else ():
+            checks.append(_check(f"{where}: {peer} / shmx", _ratio(table, peer, size), _FRESH_VIEW_GAIN))
+        if mode == "own" and size in _SEGMENT_OWN_SIZES and consumers in _SEGMENT_OWN_GAIN:
+            limit = _SEGMENT_OWN_GAIN[consumers]
+            checks.append(_check(f"{where}: segment / shmx", _ratio(table, "segment", size), limit))
     return [check for check in checks if not math.isnan(check.value)]
 
 
@@ -123,19 +124,28 @@ def _check(mark: str, value: float, limit: float) -> Check:
 # ---- processes ----
 
 
-def _consume(place: Place, *arguments: Any) -> None:
-    malloc = arguments[-1]
-    serve(place, lambda: malloc_policy.apply(malloc))
+@dataclass(frozen=True)
+class _Rounds:
+    count: int
+    warm_up: int
+    modes: tuple[str, ...]
+
+
+def _consume(
+    place: Place, transports: Sequence[str], payloads: Sequence[Payload], rounds: _Rounds, malloc: str
+) -> None:
+    malloc_policy.apply(malloc)
+    serve(place)
 
 
 def _produce(
-    place: Place, transports: Sequence[str], payloads: Sequence[Payload], rounds: int, warm_up: int, malloc: str
+    place: Place, transports: Sequence[str], payloads: Sequence[Payload], rounds: _Rounds, malloc: str
 ) -> tuple[Samples, list[str]]:
-    samples: Samples = {mode: {payload.name: {} for payload in payloads} for mode in MODES}
+    samples: Samples = {mode: {payload.name: {} for payload in payloads} for mode in rounds.modes}
     failures: list[str] = []
     with Exchange(place) as exchange:
         for payload in payloads:
-            _measure_payload(exchange, transports, payload, rounds, warm_up, samples, failures)
+            _measure_payload(exchange, transports, payload, rounds, samples, failures)
     return samples, failures
 
 
@@ -143,38 +153,36 @@ def _measure_payload(
     exchange: Exchange,
     transports: Sequence[str],
     payload: Payload,
-    rounds: int,
-    warm_up: int,
+    rounds: _Rounds,
     samples: Samples,
     failures: list[str],
 ) -> None:
     sources = Sources(payload)
-    running: dict[str, list[str]] = {mode: [] for mode in MODES}
+    running: list[str] = []
     for name in transports:
         try:
             exchange.set_up(name, payload)
+            running.append(name)
         except TransportError as error:
             failures.append(f"{payload.name}: {error}")
-            continue
-        for mode in MODES:
-            if not (mode == "own" and name == "sglang"):
-                running[mode].append(name)
-    serial = 0
-    for turn in range(warm_up + rounds):
-        for mode in MODES:
-            serial += 1
-            tensors = sources.stamped(serial)
-            for name in list(rotated(running[mode], turn)):
-                try:
-                    _, elapsed = exchange.turn(name, mode, serial, tensors, everything=turn % EVERYTHING_EVERY == 0)
-                except TransportError as error:
-                    # Its samples would no longer be paired with those of the others.
-                    failures.append(f"{payload.name}, {mode}, round {turn}: {error}")
-                    for other in MODES:
-                        samples[other][payload.name].pop(name, None)
-                        running[other] = [which for which in running[other] if which != name]
-                    continue
-                if turn >= warm_up:
-                    samples[mode][payload.name].setdefault(name, []).append(elapsed)
+    serials = itertools.count()
+    for turn, mode in itertools.product(range(rounds.warm_up + rounds.count), rounds.modes):
+        serial = next(serials)
+        tensors = sources.stamped(serial)
+        everything = turn % EVERYTHING_EVERY == 0
+        for name in rotated([name for name in running if (mode, name) != ("own", "sglang")], turn):
+            try:
+                _, elapsed = exchange.turn(name, mode, serial, tensors, everything=everything)
+            except TransportError as error:
+                failures.append(f"{payload.name}, {mode}, round {turn}: {error}")
+                running.remove(name)
+                # What is left of its samples could not be paired with those of the others.
+                for cells in samples.values():
+                    cells[payload.name].pop(name, None)
+                continue
+            if turn >= rounds.warm_up:
+                samples[mode][payload.name].setdefault(name, []).append(elapsed)
+        if turn >= rounds.warm_up:
+            samples[mode][payload.name].setdefault(CHANNEL, []).append(exchange.ping())
     for name in list(exchange.producers):
         exchange.close(name)

@@ -1,6 +1,7 @@
 """iceoryx2: one loaned sample per message, the tensors one after the other at multiples of 64 bytes.
 
-The ZMQ message only says that there is a sample, so that all transports wake their consumers in the same way.
+The ZMQ message only says that there is a sample, so that all transports wake their consumers in the same way. Both
+sides know the sizes beforehand: a slice of bytes does not describe what is in it, see `iceoryx2_described`.
 """
 
 from __future__ import annotations
@@ -82,13 +83,17 @@ class Consumer(interface.Consumer):
 
     def open(self, frames: interface.Frames) -> list[torch.Tensor]:
         """Zero-copy views."""
-        sample = self._subscriber.receive()
-        self._samples.append(sample)
-        payload = (ctypes.c_uint8 * self._offsets[-1]).from_address(sample.payload_ptr)
+        payload = self._receive()
         return [
             torch.frombuffer(payload, dtype=torch.float32, count=size // 4, offset=offset)
             for size, offset in zip(self.plan.sizes, self._offsets, strict=False)
         ]
+
+    def _receive(self) -> Any:
+        """Bytes of the next sample, which is kept until `done`."""
+        sample = self._subscriber.receive()
+        self._samples.append(sample)
+        return (ctypes.c_uint8 * self._offsets[-1]).from_address(sample.payload_ptr)
 
     def done(self) -> None:
         """Give the sample back."""

@@ -26,7 +26,10 @@ class Producer(interface.Producer):
     def __init__(self, plan: interface.Plan) -> None:
         super().__init__(plan)
         self._sets = [
-            [pyshmem.create(name, shape=(size // 4,), dtype=np.float32) for name, size in zip(names, plan.sizes)]
+            [
+                pyshmem.create(name, shape=(size // 4,), dtype=np.float32)
+                for name, size in zip(names, plan.sizes, strict=True)
+            ]
             for names in _names(plan)
         ]
         self._turns = itertools.cycle(self._sets)

@@ -27,11 +27,11 @@ class Producer(interface.Producer):
 
     def put(self, tensors: Sequence[torch.Tensor]) -> Sequence[interface.Frames]:
         """One copy each. Every pickle can be loaded once, so each consumer gets its own."""
-        torch.multiprocessing.set_sharing_strategy(self.strategy)
+        torch.multiprocessing.set_sharing_strategy(self.strategy)  # type: ignore[no-untyped-call]
         shared = []
         for tensor in tensors:
-            storage = torch.UntypedStorage._new_shared(tensor.nbytes)
-            copy = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())  # type: ignore[call-overload]
+            storage = torch.UntypedStorage._new_shared(tensor.nbytes)  # type: ignore[no-untyped-call]
+            copy = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
             shared.append(copy.copy_(tensor))
         self._messages.append(shared)
         return [[_dumps(shared)] for _ in range(self.plan.consumers)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 from .partial_import import import_only
 
@@ -18,9 +19,9 @@ _MODULES = (
     "vllm.v1.serial_utils",
 )
 # The settings that the serializer asks for, with vLLM's defaults.
-_SETTINGS = SimpleNamespace(VLLM_ALLOW_INSECURE_SERIALIZATION=False, VLLM_MSGPACK_ZERO_COPY_THRESHOLD=256)
-_VALUES = {
-    "vllm": {"envs": _SETTINGS},
+_SETTINGS = {"VLLM_ALLOW_INSECURE_SERIALIZATION": False, "VLLM_MSGPACK_ZERO_COPY_THRESHOLD": 256}
+_VALUES: dict[str, dict[str, Any]] = {
+    "vllm.envs": _SETTINGS,
     "vllm.logger": {"init_logger": logging.getLogger},
     "vllm.platforms": {"current_platform": SimpleNamespace(is_cuda_alike=lambda: False)},
     "vllm.utils.torch_utils": {"PIN_MEMORY": False},

@@ -1,4 +1,4 @@
-"""vLLM's ``SingleWriterShmObjectStorage`` over its ring buffer, with its own serializer. It has no views: it copies out.
+"""vLLM's ``SingleWriterShmObjectStorage`` over its ring buffer, with its own serializer. It copies out, no views.
 
 The ring has room for the messages in flight and two more, so that wrapping round never stops it.
 """

@@ -1,0 +1,86 @@
+"""The ways of the question `broadcast` to move the tensors of a request: those of the demonstration, and two more."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import demo_transports
+
+__all__ = ["TRANSPORTS", "Sglang", "ShmxView", "choose", "make", "needs_barrier"]
+
+TRANSPORTS = ("shmx", "shmx_view", "sglang", "segment", "inline")
+
+
+class ShmxView(demo_transports.Shmx):
+    """As shmx, but ranks read the arena instead of a copy of their own."""
+
+    name = "shmx_view"
+
+    def own(self, item: Any) -> torch.Tensor:
+        """A view, which holds its block."""
+        view: torch.Tensor = item.view()
+        item.release()
+        return view
+
+
+class Sglang:
+    """``ShmPointerMMData`` of the installed SGLang: ranks map the segments copy-on-write."""
+
+    name = "sglang"
+
+    def __init__(self) -> None:
+        from .transports.sglang import pointer_class
+
+        self._class = pointer_class()
+
+    def publish(self, tensors: Sequence[torch.Tensor], serial: int) -> list[Any]:
+        """A reserved segment for each."""
+        return [self._class(tensor) for tensor in tensors]
+
+    def dumps(self, request: object, loads: int) -> bytes:
+        """Pickle names."""
+        return pickle.dumps(request)
+
+    def sent(self, published: Sequence[Any]) -> None:
+        """Nothing to give back: ranks unlink."""
+
+    def abandon(self, blob: bytes) -> None:
+        """Unlink what nobody has materialized."""
+        for pointer in pickle.loads(blob):
+            pointer.close_and_unlink()
+
+    def own(self, item: Any) -> torch.Tensor:
+        """Map privately, close, unlink."""
+        tensor: torch.Tensor = item.materialize()
+        return tensor
+
+
+def needs_barrier(name: str) -> bool:
+    """Whether ranks wait for each other before they own, as SGLang 0.5.23 does; without it some would lose tensors."""
+    return name == Sglang.name
+
+
+def choose(asked: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names that can run, and a line for each that cannot; raises ``ValueError`` for an unknown one."""
+    for name in asked:
+        if name not in TRANSPORTS:
+            raise ValueError(f"broadcast knows no transport {name!r}; choose from {', '.join(TRANSPORTS)}")
+    names = list(asked or TRANSPORTS)
+    if Sglang.name in names and importlib.util.find_spec("sglang") is None:
+        names.remove(Sglang.name)
+        return names, ["sglang: left out, the package sglang is not installed."]
+    return names, []
+
+
+def make(name: str, *, segment_prefix: str) -> demo_transports.Transport:
+    """The transport of that name."""
+    if name == ShmxView.name:
+        return ShmxView()
+    if name == Sglang.name:
+        return Sglang()
+    return demo_transports.make_transport(name, segment_prefix=segment_prefix)
