@@ -22,6 +22,7 @@ from shmx.arena import default_arena
 
 from ..contenders import clock
 from ..options import Options
+from ..payloads import parse
 from ..process_tree import MeasurementError
 from ..report import Check, Report, Table, quantile, size_text
 from ..turns import rotated
@@ -315,7 +316,8 @@ def _pressure(capacity: int, rounds: int) -> Table:
 def measure(options: Options) -> Report:
     """Measure all parts; raises ``MeasurementError`` if a consumer read other bytes than were shared."""
     quick = options.quick
-    tables = _first_messages(QUICK_SIZES if quick else SIZES, options.rounds_or(15))
+    sizes = tuple(parse(name).nbytes for name in options.sizes) or (QUICK_SIZES if quick else SIZES)
+    tables = _first_messages(sizes, options.rounds_or(15))
     times, against, checks = _growth(QUICK_REQUEST if quick else REQUEST, QUICK_REQUESTS if quick else REQUESTS)
     pressure = _pressure(QUICK_PRESSED if quick else PRESSED, options.rounds_or(7))
     return Report("cold", [*tables, times, against, pressure], checks)
