@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -42,18 +43,10 @@ def _draw(table: Table, sizes: dict[str, int], file: Path) -> Path:
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     ordered = sorted(sizes, key=sizes.__getitem__)
-    for row, cells in table.samples.items():
+    for number, (row, cells) in enumerate(table.samples.items()):
         columns = [column for column in ordered if cells.get(column)]
         medians = [quantile(cells[column], 0.5) for column in columns]
-        ours = row == table.baseline
-        axes.plot(
-            [sizes[column] for column in columns],
-            medians,
-            marker="o",
-            label=row,
-            linewidth=2.5 if ours else 1.2,
-            color="black" if ours else None,
-        )
+        axes.plot([sizes[column] for column in columns], medians, label=row, **_style(row, number, table.baseline))
     axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel=table.unit, title=table.title)
     axes.set_xticks([sizes[column] for column in ordered], ordered, rotation=45)
     axes.minorticks_off()
@@ -62,3 +55,13 @@ def _draw(table: Table, sizes: dict[str, int], file: Path) -> Path:
     figure.savefig(file, dpi=120)
     pyplot.close(figure)
     return file
+
+
+def _style(row: str, number: int, baseline: str | None) -> dict[str, Any]:
+    if row == baseline:
+        return {"color": "black", "linewidth": 2.5, "marker": "o"}
+    # A bound, no contender.
+    if row.startswith("("):
+        return {"color": "gray", "linestyle": "dashed"}
+    markers = "ovs^D"
+    return {"color": f"C{number % 10}", "linewidth": 1.2, "marker": markers[number // 10 % len(markers)]}

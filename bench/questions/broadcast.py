@@ -67,6 +67,13 @@ def measure(options: Options) -> Report:
                 losses.samples.setdefault(name, {})[payload.name] = cells.lost
         report.tables += [times, losses]
         report.checks += _checks(times, payloads, ranks)
+        report.notes += [
+            f"{name} lost {sum(lost):.0f} of {len(lost) * ranks * len(payload.sizes)} tensors of {payload.name} "
+            f"in {len(lost)} requests, {ranks} ranks."
+            for payload in payloads
+            for name, cells in losses.samples.items()
+            if sum(lost := cells[payload.name])
+        ]
     report.notes += [
         "Where a rank lost tensors, the time is that of the last rank that lost none; a request that every rank lost "
         "counts until the last rank gave up.",
