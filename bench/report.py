@@ -160,7 +160,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "shmx": shmx.__version__,
-        "non_temporal_threshold_bytes": shmx._core.non_temporal_threshold(),
+        "non_temporal_thresholds_bytes": shmx._core.non_temporal_thresholds(),
         "huge_pages": {name: _chosen(name) for name in ("enabled", "shmem_enabled")},
         "load_average": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

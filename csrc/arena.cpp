@@ -21,7 +21,6 @@ constexpr std::uint64_t kLargestCapacity = 1ULL << 46;
 constexpr std::uint32_t kRecentLooks = 3;
 constexpr std::uint32_t kTurnLooks = 6;
 constexpr std::uint32_t kReclaimLooks = 64;
-constexpr Ticks kSweepPause = kTicksPerSecond / 10;
 
 Ticks to_ticks(double seconds) {
   return static_cast<Ticks>(std::clamp(seconds * kTicksPerSecond + 0.999, 0.0, 2147483647.0));
@@ -97,7 +96,7 @@ std::shared_ptr<Arena> Arena::create(ArenaOptions options) {
       guard.unlock();
       std::shared_ptr<Arena> arena(new Arena(options, attachment));
       attachment->set_owner(arena);
-      {
+      if (options.reserve != 0) {
         const std::lock_guard reserving(arena->mutex_);
         arena->want_growth();
       }
@@ -383,6 +382,7 @@ std::uint32_t Arena::sweep_dead_peers() {
   last_sweep_ = ticks_now();
   const std::lock_guard guard(probe_mutex());
   const std::uint32_t dead = control().sweep(hold_bit(kOwnerSlot));
+  if (dead != 0) last_dead_ = last_sweep_;
   swept_ += dead;
   return dead;
 }

@@ -130,6 +130,7 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
     std::byte* base = nullptr;
     std::map<std::uint64_t, std::uint32_t> blocks;  // offset -> index
   };
+  static constexpr Ticks kSweepPause = kTicksPerSecond / 10;
   enum class Reuse : std::uint8_t { kPolite, kUnderPressure };
 
   Arena(ArenaOptions options, std::shared_ptr<Attachment> attachment);
@@ -192,6 +193,7 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   std::uint64_t reserved_ = 0;
   std::unordered_map<std::string, std::uint32_t> keys_;
   std::optional<Ticks> last_sweep_;
+  std::optional<Ticks> last_dead_;  // when a sweep has found somebody dead
   std::string growth_refusal_;
   std::optional<std::string> expiry_notice_;
   bool expiry_noticed_ = false;

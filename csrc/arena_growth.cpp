@@ -129,8 +129,9 @@ bool Arena::grow_ahead() noexcept {
     std::unique_lock guard(mutex_);
     const bool below_reserve = reserved_ < std::min(options_.reserve, options_.capacity);
     if (closed() || (!below_reserve && space_.largest() >= ahead())) return false;
-    // What dead peers held may be enough.
-    if (sweep_is_due() && sweep_dead_peers() != 0) return below_reserve;
+    (void)sweep_dead_peers();
+    // What dead peers held a moment ago may be enough.
+    if (!below_reserve && last_dead_ && ticks_since(*last_dead_, ticks_now()) < kSweepPause) return false;
     control().grow_table(std::min(static_cast<std::uint32_t>(books_.size()) + kEntriesAhead, kMaxBlocks));
     std::uint64_t bytes = below_reserve ? kBackgroundStep : std::min(kBackgroundStep, ahead());
     bytes = std::min(bytes / page_size() * page_size(), options_.capacity - reserved_);

@@ -167,6 +167,19 @@ Dtype dtype_of(const py::handle& object) {
                        " (dequantize or view the tensor as one of them)");
 }
 
+// The same of a DLPack type; nothing if Python has to be asked: torch calls its integers of less than a byte by the
+// types of whole bytes.
+std::optional<Dtype> dtype_of(const dlpack::DataType& type) {
+  if (type.bits == 8 && type.code <= dlpack::kUnsigned) return std::nullopt;
+  for (std::size_t i = 0; i < kDtypes.size(); ++i) {
+    const DtypeInfo& known = kDtypes[i];
+    if (known.dl_code != type.code || known.dl_bits != type.bits || known.dl_lanes != type.lanes) continue;
+    if (torch->dtype_objects[i] == Py_None) return std::nullopt;
+    return Dtype{static_cast<std::uint8_t>(i)};
+  }
+  return std::nullopt;
+}
+
 // A torch tensor over memory that `owner` keeps: a Hold, or a piece of the destination pool.
 template <typename Owner>
 py::object make_tensor(std::byte* data, const TensorMeta& meta, Owner owner) {
@@ -585,43 +598,65 @@ struct Source {
   const std::byte* data = nullptr;  // nothing where only torch can read the elements
 };
 
+bool is_true(const py::object& tensor, const py::str& method) {
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method.ptr()));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
+
+// The memory of a CPU tensor, borrowed from it. Other tensors, and what has no plain memory, make no difference here:
+// Python is asked about them, for what may be done and for what to say.
+std::optional<dlpack::Tensor> memory_of(const py::object& tensor) {
+  dlpack::Tensor dl{};
+  if (!py::isinstance(tensor, torch->tensor_type)) return std::nullopt;
+  if (torch->exchange->tensor_from_object(tensor.ptr(), &dl) != 0) {
+    PyErr_Clear();
+    return std::nullopt;
+  }
+  if (dl.device.type != dlpack::kCpu) return std::nullopt;
+  return dl;
+}
+
 Source inspect(py::object tensor) {
   Source source;
-  source.meta.dtype = checked_dtype(tensor);
-  source.tensor = std::move(tensor);
   TensorMeta& meta = source.meta;
-  const bool on_cpu = get(source.tensor, torch->is_cpu).cast<bool>();
-  dlpack::Tensor dl{};
-  if (on_cpu) {
-    if (torch->exchange->tensor_from_object(source.tensor.ptr(), &dl) != 0) {
-      const py::error_already_set refused;
-      throw py::type_error(std::string("this tensor has no plain memory to share: ") + refused.what());
-    }
-    meta.shape.assign(dl.shape, dl.shape + dl.ndim);
+  const auto dl = memory_of(tensor);
+  const auto dtype = dl ? dtype_of(dl->dtype) : std::nullopt;
+  // The order of the questions is that of their cost: most tensors answer the first.
+  meta.dtype = dtype ? *dtype : checked_dtype(tensor);
+  source.tensor = std::move(tensor);
+  if (dl) {
+    meta.shape.assign(dl->shape, dl->shape + dl->ndim);
   } else {
     meta.shape = get(source.tensor, torch->shape).cast<std::vector<std::int64_t>>();
   }
   source.bytes = checked_bytes(meta);
-  if (!on_cpu || get(source.tensor, torch->is_neg)().cast<bool>() ||
-      get(source.tensor, torch->is_conj)().cast<bool>() || source.bytes == 0) {
+  if (!dl) {
+    if (get(source.tensor, torch->is_cpu).cast<bool>()) {
+      throw py::type_error("this tensor has no plain memory to share; make a copy of it (clone())");
+    }
+    return source;
+  }
+  if (source.bytes == 0 || is_true(source.tensor, torch->is_neg) ||
+      (info(meta.dtype).dl_code == dlpack::kComplex && is_true(source.tensor, torch->is_conj))) {
     return source;
   }
   bool contiguous = true;
-  if (dl.strides != nullptr) {
+  if (dl->strides != nullptr) {
     std::int64_t step = 1;
-    for (std::int32_t i = dl.ndim; i-- > 0;) {
-      contiguous = contiguous && (dl.shape[i] == 1 || dl.strides[i] == step);
-      step *= dl.shape[i];
+    for (std::int32_t i = dl->ndim; i-- > 0;) {
+      contiguous = contiguous && (dl->shape[i] == 1 || dl->strides[i] == step);
+      step *= dl->shape[i];
     }
   }
-  if (dl.data == nullptr) {
+  if (dl->data == nullptr) {
     throw py::type_error(
         "this tensor has no memory behind it (a fake tensor, or one whose storage was freed); share one "
         "with data");
   }
-  source.data = static_cast<const std::byte*>(dl.data) + dl.byte_offset;
+  source.data = static_cast<const std::byte*>(dl->data) + dl->byte_offset;
   if (!contiguous) {
-    meta.strides.assign(dl.strides, dl.strides + dl.ndim);
+    meta.strides.assign(dl->strides, dl->strides + dl->ndim);
     // The stride of a dimension of size 1 is never stepped, and may be any number.
     for (std::size_t i = 0; i < meta.shape.size(); ++i) {
       if (meta.shape[i] == 1) meta.strides[i] = 1;

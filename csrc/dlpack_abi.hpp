@@ -8,6 +8,8 @@
 namespace shmx::dlpack {
 
 inline constexpr std::int32_t kCpu = 1;
+inline constexpr std::uint8_t kUnsigned = 1;
+inline constexpr std::uint8_t kComplex = 5;
 inline constexpr std::uint32_t kMajorVersion = 1;
 
 struct Version {

@@ -214,6 +214,7 @@ def measure(options: Options) -> Report:
         "Every contender copies once untimed before its samples: the others have used the caches since its last turn.",
         f"A sample of a size below {size_text(SAMPLE_BYTES)} is the median of up to 64 calls, one clock reading each.",
     ]
+    thresholds = _core.non_temporal_thresholds()
     rotating.notes = ["`share` keeps as many blocks held as the bounds have places, and releases the oldest."]
     fresh.notes = ["Making the pages and copying; closing, unlinking and freeing are not counted."]
     return Report(
@@ -221,7 +222,8 @@ def measure(options: Options) -> Report:
         [hot, rotating, fresh],
         _checks(hot, "hot", sizes) + _checks(rotating, "rotating", sizes),
         [
-            f"Non-temporal stores from {size_text(_core.non_temporal_threshold())}. The bounds are called through the "
+            f"Non-temporal stores from {size_text(thresholds['hot'])} into what is in the cache, from "
+            f"{size_text(thresholds['cold'])} elsewhere. The bounds are called through the "
             "same binding as `share`. Not measured: more than one thread; huge pages in shared memory where the system "
             "does not give them.",
         ],

@@ -152,7 +152,7 @@ def _tensors_per_request(rounds: int, counts: Sequence[int], total: int) -> Tabl
         counts,
         "A pickle carries each tensor by itself, so dumps, loads, view and release grow with their number; share "
         "copies the same bytes however they are cut, but pieces below the threshold of non-temporal stores "
-        f"({size_text(_core.non_temporal_threshold())} here) go through the cache, and at the largest numbers the "
+        f"({size_text(_core.non_temporal_thresholds()['cold'])} here) go through the cache, and at the largest numbers the "
         "calls show.",
     )
 
