@@ -182,7 +182,7 @@ def _chosen(name: str) -> str:
 def write(path: Path, reports: Sequence[Report], facts: Mapping[str, Any]) -> None:
     """Write reports as JSON; `facts` is what `machine` has returned."""
     document = {"format": FORMAT, "machine": dict(facts), "reports": [asdict(report) for report in reports]}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.write_text(json.dumps(document) + "\n")
 
 
 def read(path: Path) -> list[Report]:
