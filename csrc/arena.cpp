@@ -28,16 +28,6 @@ Ticks to_ticks(double seconds) {
 
 std::uint64_t round_up(std::uint64_t bytes, std::uint64_t step) { return (bytes + step - 1) / step * step; }
 
-// How many bytes may have been written since a block was, so that it is found in the cache: part of the last level,
-// which others use too.
-std::uint64_t hot_bytes() {
-  static const std::uint64_t bytes = [] {
-    const long last = ::sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return static_cast<std::uint64_t>(std::max(last, 8L << 20)) / 4;
-  }();
-  return bytes;
-}
-
 ArenaOptions checked(ArenaOptions options) {
   if (options.capacity == 0) options.capacity = std::min(shm_filesystem_bytes() / 2, kDefaultCapacity);
   const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
@@ -312,10 +302,9 @@ Allocation Arena::hand_out(std::uint32_t index) {
   block.place.flags.store(0, std::memory_order_relaxed);
   const Generation generation{block.state.generation.load(std::memory_order_relaxed)};
   const std::uint64_t since = std::exchange(book.written_at, written_ += book.range.bytes);
-  const bool hot = since != 0 && written_ - since <= hot_bytes();
   Allocation allocation{attachment_->adopt(BlockIndex{index}, generation),
                         segments_[book.range.segment_slot].base + book.range.offset,
-                        hot ? Destination::kHot : Destination::kCold};
+                        since == 0 ? Destination::kCold : destination_after(written_ - since)};
   if (options_.scrub) std::memset(allocation.data, 0, book.range.bytes);
   // relaxed: a hint for peers that wonder whether the owner is alive.
   control().header().owner_active.store(ticks_now(), std::memory_order_relaxed);

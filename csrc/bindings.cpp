@@ -218,28 +218,28 @@ py::object make_tensor(std::byte* data, const TensorMeta& meta, Owner owner) {
 
 class PooledMemory {
  public:
-  explicit PooledMemory(std::size_t bytes) : bytes_(bytes), memory_(DestinationPool::instance().take(bytes)) {}
-  PooledMemory(PooledMemory&& other) noexcept : bytes_(other.bytes_), memory_(std::exchange(other.memory_, nullptr)) {}
+  explicit PooledMemory(std::size_t bytes) : bytes_(bytes), piece_(DestinationPool::instance().take(bytes)) {}
+  PooledMemory(PooledMemory&& other) noexcept : bytes_(other.bytes_), piece_(other.piece_) {
+    other.piece_.memory = nullptr;
+  }
   PooledMemory& operator=(PooledMemory&&) = delete;
   PooledMemory(const PooledMemory&) = delete;
   PooledMemory& operator=(const PooledMemory&) = delete;
   ~PooledMemory() {
-    if (memory_ != nullptr) DestinationPool::instance().give(memory_, bytes_);
+    if (piece_.memory != nullptr) DestinationPool::instance().give(piece_, bytes_);
   }
-  [[nodiscard]] std::byte* get() const { return memory_; }
+  [[nodiscard]] std::byte* get() const { return piece_.memory; }
+  [[nodiscard]] Destination where() const { return piece_.where; }
 
  private:
   std::size_t bytes_;
-  std::byte* memory_;
+  DestinationPool::Piece piece_;
 };
 
-void copy_tensor_bytes(void* destination, const void* source, std::uint64_t bytes) {
-  if (bytes <= kCopyWithoutGil) {
-    copy_bytes(destination, source, bytes);
-    return;
-  }
-  const py::gil_scoped_release released;
-  copy_bytes(destination, source, bytes);
+void copy_tensor_bytes(void* destination, const void* source, std::uint64_t bytes, Destination where) {
+  std::optional<py::gil_scoped_release> released;
+  if (bytes > kCopyWithoutGil) released.emplace();
+  copy_bytes(destination, source, bytes, where);
 }
 
 // The content of bytes, a bytearray or a memoryview.
@@ -375,7 +375,7 @@ class SharedTensor {
     PooledMemory memory(bytes);
     std::byte* destination = memory.get();
     if (meta().strides.empty()) {
-      copy_tensor_bytes(destination, data, bytes);
+      copy_tensor_bytes(destination, data, bytes, memory.where());
       return make_tensor(destination, contiguous, std::move(memory));
     }
     py::object result = make_tensor(destination, contiguous, std::move(memory));
@@ -414,7 +414,7 @@ class SharedTensor {
       auto* target = reinterpret_cast<void*>(destination.attr("data_ptr")().cast<std::uintptr_t>());
       const std::uint64_t bytes = nbytes();
       if (target == nullptr && bytes != 0) throw py::type_error("the destination has no memory behind it");
-      copy_tensor_bytes(target, data, bytes);
+      copy_tensor_bytes(target, data, bytes, Destination::kHot);
     } else {
       destination.attr("copy_")(view());
     }
@@ -996,7 +996,8 @@ PYBIND11_MODULE(_core, module) {
         auto* to = reinterpret_cast<void*>(destination);
         const auto* from = reinterpret_cast<const void*>(source);
         how == "plain" ? copy_plain(to, from, bytes)
-                       : (how == "streaming" ? copy_non_temporal(to, from, bytes) : copy_bytes(to, from, bytes));
+                       : (how == "streaming" ? copy_non_temporal(to, from, bytes)
+                                             : copy_bytes(to, from, bytes, Destination::kHot));
       },
       "destination"_a, "source"_a, "bytes"_a, "how"_a = "auto");
   module.attr("TEXT_PREFIX") = std::string(kTextPrefix);

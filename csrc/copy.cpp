@@ -229,8 +229,17 @@ void copy_non_temporal(void* destination, const void* source, std::size_t bytes)
   fence();
 }
 
-void copy_bytes(void* destination, const void* source, std::size_t bytes) {
-  copy_piece(destination, source, bytes, bytes, Destination::kHot);
+Destination destination_after(std::uint64_t bytes) {
+  // Part of the last level of the cache, which others use too.
+  static const std::uint64_t remembered = [] {
+    const long last = ::sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return static_cast<std::uint64_t>(std::max(last, 8L << 20)) / 4;
+  }();
+  return bytes <= remembered ? Destination::kHot : Destination::kCold;
+}
+
+void copy_bytes(void* destination, const void* source, std::size_t bytes, Destination where) {
+  copy_piece(destination, source, bytes, bytes, where);
 }
 
 void copy_piece(void* destination, const void* source, std::size_t bytes, std::size_t together, Destination where) {

@@ -6,12 +6,14 @@
 
 namespace shmx {
 
-// Copies `bytes` between buffers that do not overlap. When it returns, the stores are ordered before any
-// later store of this thread (non-temporal ones are fenced), so the block may be published.
-void copy_bytes(void* destination, const void* source, std::size_t bytes);
-
 // Whether the destination was written so short a time ago that the cache may hold it yet.
 enum class Destination : std::uint8_t { kHot, kCold };
+// Of a place that was written so many bytes ago, the ones that it gets now included.
+[[nodiscard]] Destination destination_after(std::uint64_t bytes);
+
+// Copies `bytes` between buffers that do not overlap. When it returns, the stores are ordered before any
+// later store of this thread (non-temporal ones are fenced), so the block may be published.
+void copy_bytes(void* destination, const void* source, std::size_t bytes, Destination where);
 // The same for one piece of a batch that moves `together` bytes: what does not fit the cache as a whole streams.
 void copy_piece(void* destination, const void* source, std::size_t bytes, std::size_t together, Destination where);
 

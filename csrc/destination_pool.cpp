@@ -48,29 +48,31 @@ DestinationPool& DestinationPool::instance() {
 
 DestinationPool::DestinationPool() : limit_(kDefaultLimit) { take_part_in_forks(); }
 
-std::byte* DestinationPool::take(std::size_t bytes) {
+DestinationPool::Piece DestinationPool::take(std::size_t bytes) {
   if (bytes < kSmallest) {
     void* memory = nullptr;
     if (::posix_memalign(&memory, kAlignment, std::max(bytes, kAlignment)) != 0) throw std::bad_alloc();
-    return static_cast<std::byte*>(memory);
+    return {static_cast<std::byte*>(memory), Destination::kHot, 0};
   }
   const std::size_t size = rounded(bytes);
+  std::uint64_t written = 0;
   {
     const std::lock_guard guard(mutex_);
+    written = written_ += size;
     if (const auto bin = kept_.find(size); bin != kept_.end()) {
-      std::byte* memory = bin->second.back().memory;
+      const Kept last = bin->second.back();
       bin->second.pop_back();
       kept_bytes_ -= size;
       if (bin->second.empty()) kept_.erase(bin);
-      return memory;
+      return {last.memory, destination_after(written - last.written), written};
     }
   }
-  return map_fresh(size);
+  return {map_fresh(size), Destination::kCold, written};
 }
 
-void DestinationPool::give(std::byte* memory, std::size_t bytes) noexcept {
+void DestinationPool::give(const Piece& piece, std::size_t bytes) noexcept {
   if (bytes < kSmallest) {
-    std::free(memory);
+    std::free(piece.memory);
     return;
   }
   const std::size_t size = rounded(bytes);
@@ -81,7 +83,7 @@ void DestinationPool::give(std::byte* memory, std::size_t bytes) noexcept {
     if (size <= limit_) {
       while (kept_bytes_ + size > limit_) drop_oldest();
       try {
-        kept_[size].push_back({memory, now});
+        kept_[size].push_back({piece.memory, now, piece.written});
         kept_bytes_ += size;
         return;
       } catch (const std::bad_alloc&) {
@@ -89,7 +91,7 @@ void DestinationPool::give(std::byte* memory, std::size_t bytes) noexcept {
       }
     }
   }
-  ::munmap(memory, size);
+  ::munmap(piece.memory, size);
 }
 
 void DestinationPool::drop_idle(Ticks now) {

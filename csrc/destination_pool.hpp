@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "block_state.hpp"
+#include "copy.hpp"
 #include "process.hpp"
 
 namespace shmx {
@@ -18,10 +19,15 @@ class DestinationPool : public ForkParticipant {
   // One pool per process, never destroyed: tensors may outlive every static object.
   [[nodiscard]] static DestinationPool& instance();
 
-  // Memory of at least `bytes`, aligned to 64, content undefined. Throws std::bad_alloc.
-  [[nodiscard]] std::byte* take(std::size_t bytes);
+  struct Piece {
+    std::byte* memory;
+    Destination where;
+    std::uint64_t written;  // a mark on the pool's clock of bytes
+  };
+  // Memory of at least `bytes`, aligned to 64, content undefined, to be written at once. Throws std::bad_alloc.
+  [[nodiscard]] Piece take(std::size_t bytes);
   // Gives it back; `bytes` as at take().
-  void give(std::byte* memory, std::size_t bytes) noexcept;
+  void give(const Piece& piece, std::size_t bytes) noexcept;
 
   // How many bytes stay for reuse at most. 0 keeps none.
   void set_limit(std::uint64_t bytes);
@@ -38,6 +44,7 @@ class DestinationPool : public ForkParticipant {
   struct Kept {
     std::byte* memory;
     Ticks since;
+    std::uint64_t written;
   };
   void drop_idle(Ticks now);
   void drop_oldest();
@@ -45,6 +52,7 @@ class DestinationPool : public ForkParticipant {
   std::mutex mutex_;
   std::map<std::uint64_t, std::vector<Kept>> kept_;  // by size; the most recent last
   std::uint64_t kept_bytes_ = 0;
+  std::uint64_t written_ = 0;  // bytes of all pieces taken
   std::uint64_t limit_;
   Ticks last_decay_ = 0;
 };

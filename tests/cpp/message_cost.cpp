@@ -23,7 +23,7 @@ bool send_and_load(Arena& arena, const Content& content) {
   // As bindings.cpp does it: without a system call if that is possible.
   auto room = arena.try_allocate(ByteCount{content.size()});
   Allocation made = room ? std::move(*room) : arena.allocate(ByteCount{content.size()});
-  copy_bytes(made.data, content.data(), content.size());
+  copy_bytes(made.data, content.data(), content.size(), made.where);
   Handle published(TensorMeta{Dtype{0}, 0, {static_cast<std::int64_t>(content.size())}, {}}, std::move(made.hold));
   std::optional<SentMessage> sent;
   const std::string text = to_text(published.to_bytes({1, true}, sent));
