@@ -16,6 +16,8 @@
 namespace shmx {
 namespace {
 
+constexpr std::size_t kNotedRemovals = 64;
+
 bool all_blocks_idle(const ControlSegment& control) {
   const std::uint32_t count = control.block_count();
   for (std::uint32_t i = 0; i < count; ++i) {
@@ -64,6 +66,18 @@ void unlink_arena(ArenaId arena, const std::string& control) {
   unlink_segment(control);
 }
 
+// Guarded by probe_mutex(), which every removal holds. Never destroyed, as in process.cpp.
+std::vector<Removal>& removals() {
+  static auto* instance = new std::vector<Removal>;
+  return *instance;
+}
+
+void note_removal(Removal removal) {
+  std::vector<Removal>& noted = removals();
+  if (noted.size() >= kNotedRemovals) noted.erase(noted.begin());
+  noted.push_back(std::move(removal));
+}
+
 std::uint64_t reserved_bytes(const ControlSegment& control) {
   std::uint64_t bytes = 0;
   for (const SegmentEntry& entry : control.header().segments) {
@@ -89,9 +103,12 @@ Reaped reap_torn(ArenaId arena) {
   if (!owner) return Reaped::kOwnerAlive;
   if (facts.bytes >= sizeof(std::uint64_t)) {
     std::uint64_t magic = 0;
-    if (::pread(file.fd(), &magic, sizeof magic, 0) != sizeof magic || magic != 0) return Reaped::kOwnerAlive;
+    if (::pread(file.fd(), &magic, sizeof magic, 0) != sizeof magic || magic != 0) {
+      return facts.bytes < kHeaderBytes ? Reaped::kNotOurs : Reaped::kOwnerAlive;
+    }
   }
   unlink_arena(arena, name);
+  note_removal({name, 0, false});
   return Reaped::kRemoved;
 }
 
@@ -124,7 +141,10 @@ Reaped reap(ControlSegment& control, std::uint64_t spared, Expiry expiry) {
         drop_messages(control, control.header().ttl_ticks);
       }
       if (close_arena(control)) {
+        const std::uint64_t bytes = reserved_bytes(control);
         unlink_arena(control.arena(), control.name());
+        const auto member = find_attachment(control.arena());
+        note_removal({control.name(), bytes, member != nullptr && member->is_owner()});
         return Reaped::kRemoved;
       }
     }
@@ -199,6 +219,11 @@ void leave_all() noexcept {
   for (const auto& attachment : all_attachments()) {
     if (attachment->is_owner() || attachment->uses() == 0) leave(*attachment);
   }
+}
+
+std::vector<Removal> take_removals() {
+  const std::lock_guard guard(probe_mutex());
+  return std::exchange(removals(), {});
 }
 
 std::vector<ReapReport> reap_all(Expiry expiry) {
