@@ -1,5 +1,6 @@
 #include "reaper.hpp"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -109,6 +110,19 @@ Reaped reap_torn(ArenaId arena) {
   }
   unlink_arena(arena, name);
   note_removal({name, 0, false});
+  return Reaped::kRemoved;
+}
+
+// Without a control segment nobody can attach; whoever has the data mapped keeps it.
+Reaped reap_headless(const NamedSegments& segments) {
+  const std::lock_guard guard(probe_mutex());
+  for (const std::string& name : segments.data) {
+    struct stat facts{};
+    // Root may remove what others have made, which is no reason to.
+    if (::lstat(("/dev/shm" + name).c_str(), &facts) == 0 && facts.st_uid != ::geteuid()) return Reaped::kNotOurs;
+  }
+  for (const std::string& name : segments.data) unlink_segment(name);
+  note_removal({control_name(segments.arena), 0, false});
   return Reaped::kRemoved;
 }
 
@@ -238,9 +252,7 @@ std::vector<ReapReport> reap_all(Expiry expiry) {
     if (segments.has_control) {
       report.outcome = reap_by_name(segments.arena, expiry, report.bytes);
     } else if (expiry == Expiry::kNow) {
-      // Without a control segment nobody can attach; whoever has the data mapped keeps it.
-      for (const std::string& name : segments.data) unlink_segment(name);
-      report.outcome = Reaped::kRemoved;
+      report.outcome = reap_headless(segments);
     }
     reports.push_back(std::move(report));
   }

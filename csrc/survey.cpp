@@ -54,12 +54,11 @@ T read(const std::atomic<T>& word) {
 // One arena, read step by step; a step that answers false has said why.
 class Surveyor {
  public:
-  explicit Surveyor(const NamedSegments& segments) : arena_(segments.arena) {
+  explicit Surveyor(const NamedSegments& segments) : arena_(segments.arena), has_control_(segments.has_control) {
     result_.name = control_name(arena_);
     add_memory(result_.name);
     for (const std::string& name : segments.data) add_memory(name);
     result_.attached = find_attachment(arena_) != nullptr;
-    has_control_ = segments.has_control;
   }
 
   ArenaSurvey look() {
@@ -87,6 +86,9 @@ class Surveyor {
     return false;
   }
 
+  [[nodiscard]] const ControlHeader& header() const {
+    return *reinterpret_cast<const ControlHeader*>(header_bytes_.data());
+  }
   [[nodiscard]] bool alive(PeerSlot slot) const { return is_alive(fd_.get(), result_.name, slot); }
 
   bool open() {
@@ -123,18 +125,18 @@ class Surveyor {
       return false;
     }
     if (size_ != kControlBytes) return damaged("its control segment is " + std::to_string(size_) + " bytes long");
-    if (!read_exactly(fd_.get(), header_.get(), sizeof(ControlHeader), 0)) return damaged("its header was cut");
-    if (header_->arena_id != value(arena_)) return damaged("its header names another arena");
-    if (header_->header_bytes != kHeaderBytes || header_->max_blocks != kMaxBlocks ||
-        header_->capacity > kLargestCapacity || read(header_->block_count) > kMaxBlocks ||
-        read(header_->lifecycle) > Lifecycle::kGone) {
+    if (!read_exactly(fd_.get(), header_bytes_.data(), sizeof(ControlHeader), 0)) return damaged("its header was cut");
+    if (header().arena_id != value(arena_)) return damaged("its header names another arena");
+    if (header().header_bytes != kHeaderBytes || header().max_blocks != kMaxBlocks ||
+        header().capacity > kLargestCapacity || read(header().block_count) > kMaxBlocks ||
+        read(header().lifecycle) > Lifecycle::kGone) {
       return damaged("a field of its header is out of range");
     }
-    result_.owner_pid = header_->owner_pid;
-    result_.owner_left = read(header_->owner_left) != 0;
-    result_.capacity = header_->capacity;
-    result_.ticket_ttl = static_cast<double>(header_->ttl_ticks) / kTicksPerSecond;
-    for (const SegmentEntry& segment : header_->segments) {
+    result_.owner_pid = header().owner_pid;
+    result_.owner_left = read(header().owner_left) != 0;
+    result_.capacity = header().capacity;
+    result_.ticket_ttl = static_cast<double>(header().ttl_ticks) / kTicksPerSecond;
+    for (const SegmentEntry& segment : header().segments) {
       const SegmentStatus status = read(segment.status);
       if (status > SegmentStatus::kDead) return damaged("its segment table is damaged");
       result_.segments += status == SegmentStatus::kLive ? 1 : 0;
@@ -144,7 +146,7 @@ class Surveyor {
 
   bool read_blocks() {
     const auto blocks = std::make_unique<BlockEntry[]>(kBlocksPerRead);
-    const std::uint32_t count = read(header_->block_count);
+    const std::uint32_t count = read(header().block_count);
     for (std::uint32_t first = 0; first < count; first += kBlocksPerRead) {
       const std::uint32_t here = std::min(kBlocksPerRead, count - first);
       if (!read_exactly(fd_.get(), blocks.get(), here * sizeof(BlockEntry),
@@ -159,7 +161,7 @@ class Surveyor {
     for (std::uint32_t slot = 0; slot < kMaxPeers; ++slot) {
       const bool lives = slot == value(kOwnerSlot) ? owner_alive_ : alive(PeerSlot{slot});
       if (!lives && held_[slot].blocks == 0) continue;
-      result_.peers.push_back({slot, read(header_->peers[slot].pid), lives, held_[slot].blocks, held_[slot].bytes});
+      result_.peers.push_back({slot, read(header().peers[slot].pid), lives, held_[slot].blocks, held_[slot].bytes});
     }
     return true;
   }
@@ -174,12 +176,12 @@ class Surveyor {
       if (age >= kLargestAge) age = 0;
       ++result_.messages;
       result_.loads_to_come += cell.remaining;
-      result_.expired_messages += age >= header_->ttl_ticks ? 1 : 0;
+      result_.expired_messages += age >= header().ttl_ticks ? 1 : 0;
       result_.oldest_message = std::max(result_.oldest_message.value_or(0), static_cast<double>(age) / kTicksPerSecond);
     }
     if (holds == 0 && result_.messages == messages_before) return true;
     const std::uint64_t bytes = read(block.place.bytes);
-    if (bytes > header_->capacity) return false;
+    if (bytes > header().capacity) return false;
     ++result_.blocks_in_use;
     result_.bytes_in_use += bytes;
     for (std::uint64_t left = holds; left != 0; left &= left - 1) {
@@ -195,11 +197,11 @@ class Surveyor {
     std::uint64_t bytes = 0;
   };
   ArenaId arena_;
-  bool has_control_ = false;
+  bool has_control_;
   UniqueFd fd_;
   std::uint64_t size_ = 0;
   bool owner_alive_ = false;
-  std::unique_ptr<ControlHeader> header_ = std::make_unique<ControlHeader>();
+  alignas(ControlHeader) std::array<std::byte, sizeof(ControlHeader)> header_bytes_{};
   std::array<Held, kMaxPeers> held_{};
   ArenaSurvey result_;
 };

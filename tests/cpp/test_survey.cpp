@@ -295,7 +295,8 @@ TEST_CASE("a block in use with a size beyond the capacity is damage; one that is
 
 TEST_CASE("a message from the future is new") {
   Scratch scratch;
-  age_messages(scratch.control.block(BlockIndex{3}).state, -5);
+  const MessageCell tomorrow{7, 1, ticks_now() + 5 * kTicksPerSecond};
+  scratch.control.block(BlockIndex{3}).state.cells[0].store(tomorrow.pack());
   const ArenaSurvey seen = survey_of(scratch.arena);
   REQUIRE(seen.oldest_message.has_value());
   CHECK(*seen.oldest_message == 0);
