@@ -61,7 +61,9 @@ class Surveyor {
     result_.attached = find_attachment(arena_) != nullptr;
   }
 
-  ArenaSurvey look() {
+  // Nothing if all its files have gone since their names were read.
+  std::optional<ArenaSurvey> look() {
+    if (!found_) return std::nullopt;
     if (result_.uid != ::geteuid()) {
       result_.state = ArenaState::kForeign;
     } else if (!has_control_) {
@@ -76,6 +78,7 @@ class Surveyor {
   void add_memory(const std::string& name) {
     struct stat facts{};
     if (::lstat(("/dev/shm" + name).c_str(), &facts) != 0) return;
+    found_ = true;
     result_.uid = facts.st_uid;
     result_.memory_bytes += static_cast<std::uint64_t>(facts.st_blocks) * 512;
   }
@@ -198,6 +201,7 @@ class Surveyor {
   };
   ArenaId arena_;
   bool has_control_;
+  bool found_ = false;
   UniqueFd fd_;
   std::uint64_t size_ = 0;
   bool owner_alive_ = false;
@@ -213,10 +217,7 @@ std::vector<ArenaSurvey> survey() {
   for (const NamedSegments& segments : list_arenas()) {
     // Held for fork's sake: a child that got the descriptor would keep the memory of an arena that is removed.
     const std::lock_guard guard(attach_mutex());
-    ArenaSurvey one = Surveyor(segments).look();
-    // Removed since its name was read.
-    if (struct stat facts{}; one.memory_bytes == 0 && ::lstat(("/dev/shm" + one.name).c_str(), &facts) != 0) continue;
-    all.push_back(std::move(one));
+    if (auto one = Surveyor(segments).look()) all.push_back(std::move(*one));
   }
   return all;
 }

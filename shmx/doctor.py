@@ -32,6 +32,8 @@ Status = Literal["ok", "warn", "fail"]
 _MIB = 1 << 20
 _LARGEST_DEFAULT = 64 << 30
 _DRIVER_TIMEOUT_S = 30
+# A cgroup of version 1 without a limit has one of nearly 2^63.
+_NO_LIMIT = 1 << 60
 # Of settings that are no field of ArenaConfig.
 _OTHER_SETTINGS = {"SHMX_POOL_BYTES", "SHMX_READONLY", "SHMX_NT_THRESHOLD"}
 _FEWEST_FILES, _FEWEST_INODES = 256, 1024
@@ -128,11 +130,11 @@ def check_shm_inodes(total: int | None = None, free: int | None = None) -> Findi
     return Finding("shm inodes", "warn" if free < _FEWEST_INODES else "ok", what, remedy * (free < _FEWEST_INODES))
 
 
-def check_memory_cgroup(room: int | None | Literal["ask"] = "ask", size: int | None = None) -> Finding:
+def check_memory_cgroup(room: int | Literal["ask"] | None = "ask", size: int | None = None) -> Finding:
     """Shared memory counts towards the memory cgroup, whose end is a kill and no error."""
     if room == "ask":
         room = _core.memory_cgroup_room()
-    if room is None:
+    if room is None or room > _NO_LIMIT:
         return Finding("memory cgroup", "ok", "no limit")
     if size is None:
         facts = os.statvfs("/dev/shm")
@@ -233,7 +235,7 @@ def check_arena() -> Finding:
     return Finding("arena", "ok", "a tensor was published, pickled, loaded and viewed")
 
 
-def check_numa(directory: str = "/sys/devices/system/node", refusal: int | None | Literal["ask"] = "ask") -> Finding:
+def check_numa(directory: str = "/sys/devices/system/node", refusal: int | Literal["ask"] | None = "ask") -> Finding:
     """Where memory can lie, and whether the kernel may be told."""
     try:
         nodes = Path(directory, "has_memory").read_text().strip()

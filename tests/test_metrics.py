@@ -10,6 +10,7 @@ import pytest
 import shmx
 from shmx import _core, metrics
 from tests.patterns import BLOCK, pattern
+from tests.peer import start_peer_fixture as start_peer_fixture
 
 LINE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{arena="((?:[^"\\\n]|\\[\\"n])*)"\})? (-?[0-9.e+]+)')
 
