@@ -32,6 +32,11 @@ UniqueFd open_for_reading(const std::string& name) {
   return UniqueFd(::shm_open(name.c_str(), O_RDONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC, 0));
 }
 
+bool exists(const std::string& name) {
+  struct stat facts{};
+  return ::lstat(("/dev/shm" + name).c_str(), &facts) == 0;
+}
+
 bool read_exactly(int fd, void* to, std::uint64_t bytes, std::uint64_t offset) {
   auto* next = static_cast<std::byte*>(to);
   while (bytes != 0) {
@@ -54,10 +59,10 @@ T read(const std::atomic<T>& word) {
 // One arena, read step by step; a step that answers false has said why.
 class Surveyor {
  public:
-  explicit Surveyor(const NamedSegments& segments) : arena_(segments.arena), has_control_(segments.has_control) {
+  explicit Surveyor(const NamedSegments& segments) : arena_(segments.arena), data_(segments.data) {
     result_.name = control_name(arena_);
     add_memory(result_.name);
-    for (const std::string& name : segments.data) add_memory(name);
+    for (const std::string& name : data_) add_memory(name);
     result_.attached = find_attachment(arena_) != nullptr;
   }
 
@@ -66,9 +71,11 @@ class Surveyor {
     if (!found_) return std::nullopt;
     if (result_.uid != ::geteuid()) {
       result_.state = ArenaState::kForeign;
-    } else if (!has_control_) {
+    } else if (fd_ = open_for_reading(result_.name); !fd_.valid() && errno == ENOENT) {
+      // An arena that ends loses its data first, so data that is there now belongs to none.
+      if (std::none_of(data_.begin(), data_.end(), exists)) return std::nullopt;
       result_.state = ArenaState::kHeadless;
-    } else if (open() && read_header() && read_blocks()) {
+    } else if (check_file() && read_header() && read_blocks()) {
       result_.state = owner_alive_ ? ArenaState::kAlive : ArenaState::kOrphan;
     }
     return std::move(result_);
@@ -94,8 +101,7 @@ class Surveyor {
   }
   [[nodiscard]] bool alive(PeerSlot slot) const { return is_alive(fd_.get(), result_.name, slot); }
 
-  bool open() {
-    fd_ = open_for_reading(result_.name);
+  bool check_file() {
     struct stat facts{};
     if (!fd_.valid() || ::fstat(fd_.get(), &facts) != 0 || !S_ISREG(facts.st_mode)) {
       return damaged("its control segment cannot be read");
@@ -200,7 +206,7 @@ class Surveyor {
     std::uint64_t bytes = 0;
   };
   ArenaId arena_;
-  bool has_control_;
+  std::vector<std::string> data_;
   bool found_ = false;
   UniqueFd fd_;
   std::uint64_t size_ = 0;
