@@ -835,7 +835,11 @@ py::list membership_counts() {
   py::list result;
   for (const auto& attachment : all_attachments()) {
     const auto arena = attachment->owner();
-    const Attachment::Counts counts = attachment->counts();
+    Attachment::Counts counts{};
+    {
+      const py::gil_scoped_release released;
+      counts = attachment->counts();
+    }
     py::dict one;
     one["name"] = attachment->control().name();
     one["loaded"] = counts.loaded;
