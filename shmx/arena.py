@@ -348,8 +348,6 @@ def trim() -> int:
 
 
 def _log_removals() -> None:
-    if not _logger.isEnabledFor(logging.INFO):
-        return
     for removal in _core.take_removals():
         what = "removed" if removal["own"] else "reaped: its owner was gone and nobody used it"
         _logger.info("arena %s %s, %d bytes", removal["name"], what, removal["bytes"])
@@ -432,6 +430,7 @@ def _forget_default() -> None:
     _lock = threading.Lock()
     _default = None
     _executor = None  # its threads are the parent's
+    _core.take_removals()  # they are the parent's to log
 
 
 def _leave() -> None:

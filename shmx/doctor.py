@@ -335,7 +335,10 @@ def _judge_leftovers(found: Iterable[dict[str, object]]) -> Finding:
 
 
 def check_settings(environment: Mapping[str, str] = os.environ) -> Finding:
-    """Every ``SHMX_*`` variable is one, and can be read."""
+    """Every ``SHMX_*`` variable is one, and can be read.
+
+    The three that hold for the whole process have been read by then: an import of shmx refuses a bad one.
+    """
     fields = {f"SHMX_{field.name.upper()}" for field in dataclasses.fields(ArenaConfig)}
     given = sorted(name for name in environment if name.startswith("SHMX_"))
     wrong = []
