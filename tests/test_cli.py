@@ -15,11 +15,11 @@ from tests.patterns import BLOCK, pattern
 from tests.peer import start_peer_fixture as start_peer_fixture
 
 
-def leaves_a_message(connection):
+def leaves_an_arena(connection, readers):
     handle = shmx.share(pattern(1))
-    with shmx.readers(2):
-        blob = pickle.dumps(handle)
-    connection.send((shmx.default_arena().name, blob))
+    with shmx.readers(readers):
+        pickle.dumps(handle)
+    connection.send(shmx.default_arena().name)
     connection.recv()
 
 
@@ -70,8 +70,8 @@ def test_ls_as_json_is_what_arenas_returns(capsys):
 
 
 def test_ls_and_gc_of_an_orphan(capsys, children):
-    child = children.start(leaves_a_message)
-    name, _ = child.receive()
+    child = children.start(leaves_an_arena, 2)
+    name = child.receive()
     child.kill()
     assert f"orphan  pid {child.pid} has died" in lines_of(printed(capsys, "ls"), name)[0]
 
@@ -88,12 +88,11 @@ def test_ls_and_gc_of_an_orphan(capsys, children):
 
 
 def test_ls_points_to_gc_when_there_is_something_to_remove(capsys, children):
-    child = children.start(leaves_a_message)
-    name, blob = child.receive()
-    assert shmx.discard(blob) == 1
+    child = children.start(leaves_an_arena, 0)
+    name = child.receive()
     child.kill()
     assert "can be removed: shmx gc" in printed(capsys, "ls")[-1]
-    (report,) = (one for one in shmx.gc(force=True) if one["name"] == name)
+    (report,) = (one for one in shmx.gc() if one["name"] == name)
     assert report["outcome"] == "removed"
 
 
