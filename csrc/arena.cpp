@@ -258,6 +258,7 @@ void Arena::free_block(std::uint32_t index) {
   if (!book.key.empty()) keys_.erase(book.key);
   segments_[book.range.segment_slot].blocks.erase(book.range.offset);
   space_.give(book.range);
+  placed_ -= book.range.bytes;
   book = Book{};
   spare_entries_.push_back(index);
 }
@@ -281,6 +282,8 @@ Allocation Arena::place_block(const Range& range) {
   book.live = true;
   book.range = range;
   lists_.add(index, range.bytes);
+  placed_ += range.bytes;
+  peak_placed_ = std::max(peak_placed_, placed_);
   segments_[range.segment_slot].blocks.emplace(range.offset, index);
   BlockPlace& place = entry(index).place;
   // relaxed: nobody has a handle of this block's generation yet, and handles travel through a channel that orders.
@@ -463,6 +466,7 @@ void Arena::revoke(const Hold& hold) {
   const std::lock_guard guard(mutex_);
   require_open();
   shmx::revoke(entry(value(hold.block())).state, hold.generation());
+  ++revoked_;
   Book& book = books_[value(hold.block())];
   if (!book.key.empty()) {
     keys_.erase(book.key);

@@ -59,6 +59,9 @@ struct ArenaStats {
   std::uint64_t reused;
   std::uint64_t swept;
   std::uint64_t expired;
+  std::uint64_t revoked;
+  std::uint64_t peak_reserved;
+  std::uint64_t peak_in_blocks;  // of all blocks at once, be they in use or kept to be used again
 };
 
 class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena> {
@@ -202,6 +205,10 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   std::uint64_t reused_ = 0;
   std::uint64_t swept_ = 0;
   std::uint64_t expired_ = 0;
+  std::uint64_t revoked_ = 0;
+  std::uint64_t peak_reserved_ = 0;
+  std::uint64_t placed_ = 0;  // bytes of all blocks
+  std::uint64_t peak_placed_ = 0;
 };
 
 }  // namespace shmx

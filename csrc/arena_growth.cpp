@@ -106,6 +106,7 @@ void Arena::enter(std::uint32_t slot, std::uint64_t bytes) {
   Segment& segment = segments_[slot];
   space_.give({slot, segment.committed, bytes});
   segment.committed += bytes;
+  peak_reserved_ = std::max(peak_reserved_, reserved_);
   // release: peers that read it may touch that many bytes.
   control().header().segments[slot].committed.store(segment.committed, std::memory_order_release);
 }

@@ -72,6 +72,9 @@ ArenaStats Arena::stats() {
   stats.reused = reused_;
   stats.swept = swept_;
   stats.expired = expired_;
+  stats.revoked = revoked_;
+  stats.peak_reserved = peak_reserved_;
+  stats.peak_in_blocks = peak_placed_;
   return stats;
 }
 

@@ -134,6 +134,20 @@ std::uint32_t Attachment::uses_of(BlockIndex block) const {
   return counts_[value(block)];
 }
 
+Attachment::Counts Attachment::counts() const {
+  // relaxed throughout: a report.
+  Counts counts{loaded_.load(std::memory_order_relaxed), stale_loads_.load(std::memory_order_relaxed), 0, 0};
+  if (!usable()) return counts;
+  const std::uint32_t count = control_.block_count();
+  for (std::uint32_t i = 0; i < count; ++i) {
+    const BlockEntry& entry = control_.block(BlockIndex{i});
+    if ((entry.state.holds.load(std::memory_order_relaxed) & hold_bit(slot_)) == 0) continue;
+    ++counts.held_blocks;
+    counts.held_bytes += entry.place.bytes.load(std::memory_order_relaxed);
+  }
+  return counts;
+}
+
 bool Attachment::confirm_arena() {
   std::atomic<Lifecycle>& lifecycle = control_.header().lifecycle;
   Lifecycle seen = lifecycle.load(std::memory_order_seq_cst);
@@ -168,7 +182,9 @@ Hold Attachment::load(BlockIndex block, Generation generation, std::optional<Mes
     if (confirm_generation(state, generation) && (arena_open = confirm_arena())) {
       if (message) take_message(state, *message);
       ++counts_[value(block)];
-      uses_.fetch_add(1, std::memory_order_relaxed);  // relaxed: a count, not a signal
+      // relaxed: counts, not signals
+      uses_.fetch_add(1, std::memory_order_relaxed);
+      loaded_.fetch_add(1, std::memory_order_relaxed);
       hold = Hold(shared_from_this(), block, generation);
     } else if (counts_[value(block)] == 0) {
       // At a count above 0 the bit belongs to another thread's use.
@@ -180,6 +196,7 @@ Hold Attachment::load(BlockIndex block, Generation generation, std::optional<Mes
     if (uses_.load(std::memory_order_seq_cst) == 0) {
       if (const auto on_idle = on_idle_.load(std::memory_order_seq_cst); on_idle != nullptr) on_idle(*this);
     }
+    stale_loads_.fetch_add(1, std::memory_order_relaxed);  // relaxed: a count
     throw arena_open ? stale(block) : lost(control_.name());
   }
   // relaxed: a hint; the segment table is read under the mutex in drop_dead_mappings.

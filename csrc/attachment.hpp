@@ -94,6 +94,15 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   [[nodiscard]] std::uint64_t uses() const { return uses_.load(std::memory_order_seq_cst); }
   [[nodiscard]] std::uint32_t uses_of(BlockIndex block) const;
 
+  // What this process has done in the arena, and has of it now.
+  struct Counts {
+    std::uint64_t loaded;
+    std::uint64_t stale_loads;
+    std::uint32_t held_blocks;
+    std::uint64_t held_bytes;
+  };
+  [[nodiscard]] Counts counts() const;
+
   // Throws if this process cannot use the arena any more (it was forked with no free slot; see error).
   void require_usable() const;
   [[nodiscard]] bool usable() const;
@@ -148,6 +157,9 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   // calloc: pages of the table appear as blocks are used.
   std::unique_ptr<std::uint32_t[], FreeDeleter> counts_;
   std::atomic<std::uint64_t> uses_{0};
+  // Beside uses_, which a load writes anyway: no other cache line, and none that another process sees.
+  std::atomic<std::uint64_t> loaded_{0};
+  std::atomic<std::uint64_t> stale_loads_{0};
   std::weak_ptr<Arena> owner_;
   std::atomic<bool> inert_{false};
   std::atomic<bool> left_out_of_fork_{false};

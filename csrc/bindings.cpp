@@ -25,6 +25,7 @@
 #include "host.hpp"
 #include "process.hpp"
 #include "reaper.hpp"
+#include "survey.hpp"
 
 namespace py = pybind11;
 
@@ -57,6 +58,8 @@ class type_caster<shmx::Arena> : public initialized_caster<shmx::Arena> {};
 
 namespace shmx {
 namespace {
+
+using namespace pybind11::literals;
 
 constexpr std::uint64_t kCopyWithoutGil = 64U << 10;
 // Tensors that share a block begin at a cache line each.
@@ -531,6 +534,7 @@ Allocation allocate(Arena& arena, std::uint64_t bytes, Wait wait) {
         allocation = arena.allocate(ByteCount{bytes});
         notice = arena.take_expiry_notice();
       }
+      if (notice) py::module_::import("logging").attr("getLogger")("shmx").attr("warning")("%s", *notice);
       if (notice && PyErr_WarnEx(PyExc_RuntimeWarning, notice->c_str(), 1) != 0) throw py::error_already_set();
       return std::move(*allocation);
     } catch (const Error& error) {
@@ -819,6 +823,31 @@ py::dict arena_stats(Arena& arena) {
   result["reused"] = stats.reused;
   result["dead_peers_swept"] = stats.swept;
   result["expired_messages"] = stats.expired;
+  result["revoked"] = stats.revoked;
+  result["peak_reserved_bytes"] = stats.peak_reserved;
+  result["peak_block_bytes"] = stats.peak_in_blocks;
+  return result;
+}
+
+// What this process has done in each arena that it takes part in; of its own arenas their statistics, too.
+py::list membership_counts() {
+  py::list result;
+  for (const auto& attachment : all_attachments()) {
+    const auto arena = attachment->owner();
+    Attachment::Counts counts{};
+    {
+      const py::gil_scoped_release released;
+      counts = attachment->counts();
+    }
+    py::dict one;
+    one["name"] = attachment->control().name();
+    one["loaded"] = counts.loaded;
+    one["stale_loads"] = counts.stale_loads;
+    one["held_blocks"] = counts.held_blocks;
+    one["held_bytes"] = counts.held_bytes;
+    one["owned"] = arena ? py::object(arena_stats(*arena)) : py::none();
+    result.append(one);
+  }
   return result;
 }
 
@@ -834,6 +863,81 @@ const char* outcome_name(Reaped outcome) {
       return "not ours";
   }
   return "unknown";
+}
+
+const char* state_name(ArenaState state) {
+  switch (state) {
+    case ArenaState::kAlive:
+      return "alive";
+    case ArenaState::kOrphan:
+      return "orphan";
+    case ArenaState::kStarting:
+      return "starting";
+    case ArenaState::kTorn:
+      return "torn";
+    case ArenaState::kHeadless:
+      return "headless";
+    case ArenaState::kForeign:
+      return "foreign";
+    case ArenaState::kOtherVersion:
+      return "other version";
+    case ArenaState::kDamaged:
+      return "damaged";
+  }
+  return "unknown";
+}
+
+py::dict describe(const ArenaSurvey& arena) {
+  py::dict result;
+  result["name"] = arena.name;
+  result["state"] = state_name(arena.state);
+  result["trouble"] = arena.trouble;
+  result["uid"] = arena.uid;
+  result["memory_bytes"] = arena.memory_bytes;
+  result["attached"] = arena.attached;
+  if (arena.state != ArenaState::kAlive && arena.state != ArenaState::kOrphan) return result;
+  result["owner_pid"] = arena.owner_pid;
+  result["owner_left"] = arena.owner_left;
+  result["capacity"] = arena.capacity;
+  result["ticket_ttl"] = arena.ticket_ttl;
+  result["segments"] = arena.segments;
+  result["blocks_in_use"] = arena.blocks_in_use;
+  result["bytes_in_use"] = arena.bytes_in_use;
+  result["messages"] = arena.messages;
+  result["expired_messages"] = arena.expired_messages;
+  result["loads_to_come"] = arena.loads_to_come;
+  result["oldest_message_seconds"] = arena.oldest_message;
+  py::list peers;
+  for (const PeerSurvey& peer : arena.peers) {
+    peers.append(py::dict("slot"_a = peer.slot, "pid"_a = peer.pid, "alive"_a = peer.alive, "blocks"_a = peer.blocks,
+                          "bytes"_a = peer.bytes));
+  }
+  result["peers"] = peers;
+  return result;
+}
+
+py::list survey_arenas() {
+  std::vector<ArenaSurvey> arenas;
+  {
+    const py::gil_scoped_release released;
+    arenas = survey();
+  }
+  py::list result;
+  for (const ArenaSurvey& arena : arenas) result.append(describe(arena));
+  return result;
+}
+
+py::list noted_removals() {
+  std::vector<Removal> removals;
+  {
+    const py::gil_scoped_release released;
+    removals = take_removals();
+  }
+  py::list result;
+  for (const Removal& one : removals) {
+    result.append(py::dict("name"_a = one.name, "bytes"_a = one.bytes, "own"_a = one.own));
+  }
+  return result;
 }
 
 py::list reap_all_arenas(bool force) {
@@ -971,6 +1075,10 @@ PYBIND11_MODULE(_core, module) {
   module.def("discard_text", &discard_text, "text"_a);
   module.def("discard_bytes", &discard_bytes, "data"_a);
   module.def("reap", &reap_all_arenas, py::kw_only(), "force"_a = false);
+  module.def("survey", &survey_arenas);
+  module.def("take_removals", &noted_removals);
+  module.def("membership_counts", &membership_counts);
+  module.def("memory_cgroup_room", &memory_cgroup_room);
   module.def("leave_all", &leave_all, py::call_guard<py::gil_scoped_release>());
   module.def("set_pool_limit", [](std::uint64_t bytes) { DestinationPool::instance().set_limit(bytes); }, "bytes"_a);
   module.def("set_non_temporal_threshold", &set_non_temporal_threshold, "bytes"_a);

@@ -104,11 +104,11 @@ ProbeLock::~ProbeLock() {
   ::fcntl(fd_, F_OFD_SETLK, &request);
 }
 
-bool is_alive(SegmentFile& control, PeerSlot slot) {
+bool is_alive(SegmentFile& control, PeerSlot slot) { return is_alive(control.fd(), control.name(), slot); }
+
+bool is_alive(int fd, const std::string& control, PeerSlot slot) {
   struct flock request = lock_request(F_WRLCK, slot);
-  if (::fcntl(control.fd(), F_OFD_GETLK, &request) != 0) {
-    throw system_error("fcntl(F_OFD_GETLK)", control.name(), errno);
-  }
+  if (::fcntl(fd, F_OFD_GETLK, &request) != 0) throw system_error("fcntl(F_OFD_GETLK)", control, errno);
   return request.l_type != F_UNLCK;
 }
 

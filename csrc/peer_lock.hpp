@@ -68,5 +68,7 @@ class ProbeLock {
 
 // True if a live process holds the slot. One system call, changes nothing.
 [[nodiscard]] bool is_alive(SegmentFile& control, PeerSlot slot);
+// The same through any description of the control segment, be it open for reading only.
+[[nodiscard]] bool is_alive(int fd, const std::string& control, PeerSlot slot);
 
 }  // namespace shmx

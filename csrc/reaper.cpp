@@ -1,5 +1,6 @@
 #include "reaper.hpp"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,6 +16,8 @@
 
 namespace shmx {
 namespace {
+
+constexpr std::size_t kNotedRemovals = 64;
 
 bool all_blocks_idle(const ControlSegment& control) {
   const std::uint32_t count = control.block_count();
@@ -64,6 +67,18 @@ void unlink_arena(ArenaId arena, const std::string& control) {
   unlink_segment(control);
 }
 
+// Guarded by probe_mutex(), which every removal holds. Never destroyed, as in process.cpp.
+std::vector<Removal>& removals() {
+  static auto* instance = new std::vector<Removal>;
+  return *instance;
+}
+
+void note_removal(Removal removal) {
+  std::vector<Removal>& noted = removals();
+  if (noted.size() >= kNotedRemovals) noted.erase(noted.begin());
+  noted.push_back(std::move(removal));
+}
+
 std::uint64_t reserved_bytes(const ControlSegment& control) {
   std::uint64_t bytes = 0;
   for (const SegmentEntry& entry : control.header().segments) {
@@ -89,9 +104,25 @@ Reaped reap_torn(ArenaId arena) {
   if (!owner) return Reaped::kOwnerAlive;
   if (facts.bytes >= sizeof(std::uint64_t)) {
     std::uint64_t magic = 0;
-    if (::pread(file.fd(), &magic, sizeof magic, 0) != sizeof magic || magic != 0) return Reaped::kOwnerAlive;
+    if (::pread(file.fd(), &magic, sizeof magic, 0) != sizeof magic || magic != 0) {
+      return facts.bytes < kHeaderBytes ? Reaped::kNotOurs : Reaped::kOwnerAlive;
+    }
   }
   unlink_arena(arena, name);
+  note_removal({name, 0, false});
+  return Reaped::kRemoved;
+}
+
+// Without a control segment nobody can attach; whoever has the data mapped keeps it.
+Reaped reap_headless(const NamedSegments& segments) {
+  const std::lock_guard guard(probe_mutex());
+  for (const std::string& name : segments.data) {
+    struct stat facts{};
+    // Root may remove what others have made, which is no reason to.
+    if (::lstat(("/dev/shm" + name).c_str(), &facts) == 0 && facts.st_uid != ::geteuid()) return Reaped::kNotOurs;
+  }
+  for (const std::string& name : segments.data) unlink_segment(name);
+  note_removal({control_name(segments.arena), 0, false});
   return Reaped::kRemoved;
 }
 
@@ -124,7 +155,10 @@ Reaped reap(ControlSegment& control, std::uint64_t spared, Expiry expiry) {
         drop_messages(control, control.header().ttl_ticks);
       }
       if (close_arena(control)) {
+        const std::uint64_t bytes = reserved_bytes(control);
         unlink_arena(control.arena(), control.name());
+        const auto member = find_attachment(control.arena());
+        note_removal({control.name(), bytes, member != nullptr && member->is_owner()});
         return Reaped::kRemoved;
       }
     }
@@ -201,6 +235,11 @@ void leave_all() noexcept {
   }
 }
 
+std::vector<Removal> take_removals() {
+  const std::lock_guard guard(probe_mutex());
+  return std::exchange(removals(), {});
+}
+
 std::vector<ReapReport> reap_all(Expiry expiry) {
   detach_from_orphans();
   std::vector<ReapReport> reports;
@@ -213,9 +252,7 @@ std::vector<ReapReport> reap_all(Expiry expiry) {
     if (segments.has_control) {
       report.outcome = reap_by_name(segments.arena, expiry, report.bytes);
     } else if (expiry == Expiry::kNow) {
-      // Without a control segment nobody can attach; whoever has the data mapped keeps it.
-      for (const std::string& name : segments.data) unlink_segment(name);
-      report.outcome = Reaped::kRemoved;
+      report.outcome = reap_headless(segments);
     }
     reports.push_back(std::move(report));
   }

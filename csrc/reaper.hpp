@@ -44,4 +44,14 @@ struct ReapReport {
 // Reaps every arena in /dev/shm whose owner is gone.
 [[nodiscard]] std::vector<ReapReport> reap_all(Expiry expiry);
 
+// An arena whose names this process has removed: its own, or an orphan.
+struct Removal {
+  std::string name;
+  std::uint64_t bytes;  // that were reserved
+  bool own;
+};
+// Each of them once, the oldest first; only the latest are kept. For logs: a release may remove an arena, and has no
+// way to say so.
+[[nodiscard]] std::vector<Removal> take_removals();
+
 }  // namespace shmx

@@ -10,6 +10,7 @@ rank::
     pickle.loads(blob).view()          # zero-copy, in any process of the host
 """
 
+import logging as _logging
 import sys as _sys
 
 if _sys.platform != "linux":
@@ -46,6 +47,8 @@ from shmx.errors import (
     SystemCallError,
     TooManyPeersError,
 )
+from shmx.metrics import metrics_text
+from shmx.survey import arenas
 
 __version__ = "0.1.0"
 
@@ -62,12 +65,14 @@ __all__ = [
     "StaleHandleError",
     "SystemCallError",
     "TooManyPeersError",
+    "arenas",
     "attach",
     "configure",
     "default_arena",
     "discard",
     "empty",
     "gc",
+    "metrics_text",
     "readers",
     "share",
     "share_async",
@@ -75,6 +80,9 @@ __all__ = [
     "stats",
     "trim",
 ]
+
+# Quiet unless the program asks for it.
+_logging.getLogger("shmx").addHandler(_logging.NullHandler())
 
 _apply_environment()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import multiprocessing.util
 import os
 import pickletools
@@ -18,6 +19,7 @@ from shmx import _core
 from shmx._core import SharedTensor
 from shmx.config import ArenaConfig
 from shmx.errors import ArenaFullError, InvalidHandleError
+from shmx.survey import arenas, prospect
 
 __all__ = [
     "Arena",
@@ -33,6 +35,8 @@ __all__ = [
     "stats",
     "trim",
 ]
+
+_logger = logging.getLogger("shmx")
 
 
 class Arena(_core.Arena):
@@ -73,6 +77,9 @@ class Arena(_core.Arena):
             reserve=preset.reserve if reserve is None else reserve,
             numa_node=preset.numa_node if numa_node is None else numa_node,
         )
+        _logger.info("arena %s made, capacity %d bytes", self.name, self.capacity)
+        # Those of dead owners that made room for it.
+        _log_removals()
 
     def empty(
         self, shape: int | Sequence[int], *, dtype: torch.dtype | None = None, timeout: float | None = None
@@ -100,6 +107,11 @@ class Arena(_core.Arena):
             # Waiting takes no thread: others go on sharing.
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def close(self) -> None:
+        """End allocation. The arena leaves the system when nothing in it is in use any more; idempotent."""
+        super().close()
+        _log_removals()
 
     def __enter__(self) -> Arena:
         """Use the arena in a ``with`` block."""
@@ -335,7 +347,13 @@ def trim() -> int:
     return arena.trim() if arena is not None and not arena.closed else 0
 
 
-def gc(*, force: bool = False) -> list[dict[str, Any]]:
+def _log_removals() -> None:
+    for removal in _core.take_removals():
+        what = "removed" if removal["own"] else "reaped: its owner was gone and nobody used it"
+        _logger.info("arena %s %s, %d bytes", removal["name"], what, removal["bytes"])
+
+
+def gc(*, force: bool = False, dry_run: bool = False) -> list[dict[str, Any]]:
     """Remove arenas whose owners are gone and which nobody uses any more.
 
     Parameters
@@ -343,26 +361,58 @@ def gc(*, force: bool = False) -> list[dict[str, Any]]:
     force
         Give up the messages of dead owners at once instead of after their time-to-live, and those of this
         process's own arena that have outlived it. Data that a live process holds is never touched.
+    dry_run
+        Change nothing; say what would be removed.
 
     Returns
     -------
     list of dict
         For each arena in /dev/shm that this process has no part in: ``name``, ``outcome`` (``"removed"``,
-        ``"in use"``, ``"owner alive"`` or ``"not ours"``) and ``bytes``.
+        ``"would be removed"``, ``"in use"``, ``"owner alive"`` or ``"not ours"``), ``reason``, and ``bytes`` of its
+        files.
     """
+    seen = {arena["name"]: arena for arena in arenas() if not arena["attached"]}
+    if dry_run:
+        return [_foretold(arena, force) for arena in seen.values()]
     arena = _default
     if arena is not None and not arena.closed:
         arena.sweep(expire_messages=force)
-    return _core.reap(force=force)
+    reports = _core.reap(force=force)
+    _log_removals()
+    return [_explained(report, seen.get(report["name"]), force) for report in reports]
+
+
+def _foretold(arena: dict[str, Any], force: bool) -> dict[str, Any]:
+    outcome, reason = prospect(arena, force=force)
+    if outcome == "removed":
+        outcome = "would be removed"
+    return {"name": arena["name"], "outcome": outcome, "reason": reason, "bytes": arena["memory_bytes"]}
+
+
+def _explained(report: dict[str, Any], seen: dict[str, Any] | None, force: bool) -> dict[str, Any]:
+    outcome, reason = prospect(seen, force=force) if seen is not None else ("", "")
+    # The survey and the reaper look one after the other, and others go on between them.
+    if outcome != report["outcome"]:
+        reason = "it changed while gc looked at it"
+    size = seen["memory_bytes"] if seen is not None else report["bytes"]
+    return {"name": report["name"], "outcome": report["outcome"], "reason": reason, "bytes": size}
 
 
 def stats() -> dict[str, Any]:
-    """What this process uses: its default arena (``None`` if not made yet), the arenas it is attached to, and the
-    bytes kept for materialized tensors."""
+    """What this process uses.
+
+    Returns
+    -------
+    dict
+        ``arena``: of the default arena (``None`` if not made yet). ``attached``: names of the arenas that this process
+        takes part in; ``memberships``: what it has loaded from each of them and holds there, with the numbers of those
+        it owns in ``owned``. ``pool_bytes``: kept for materialized tensors.
+    """
     arena = _default
     return {
         "arena": arena.stats() if arena is not None and not arena.closed else None,
         "attached": _core.attached(),
+        "memberships": _core.membership_counts(),
         "pool_bytes": _core.pool_bytes(),
     }
 
@@ -380,6 +430,7 @@ def _forget_default() -> None:
     _lock = threading.Lock()
     _default = None
     _executor = None  # its threads are the parent's
+    _core.take_removals()  # they are the parent's to log
 
 
 def _leave() -> None:
@@ -387,6 +438,7 @@ def _leave() -> None:
     # sharing yet. What it calls then is called here already; the second call does nothing.
     threading._shutdown()  # type: ignore[attr-defined]
     _core.leave_all()
+    _log_removals()
 
 
 def _leave_at_exit(*_: object) -> None:

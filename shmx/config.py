@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from shmx import _core
@@ -108,12 +109,12 @@ class ArenaConfig:
     numa_node: int | None = None
 
     @classmethod
-    def from_environment(cls) -> ArenaConfig:
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> ArenaConfig:
         """Read ``SHMX_*``; raises ``ValueError`` that names the variable if one cannot be read."""
         values: dict[str, int | float | bool] = {}
         for field in fields(cls):
             name = f"SHMX_{field.name.upper()}"
-            text = os.environ.get(name)
+            text = environment.get(name)
             if text is None:
                 continue
             if field.name in ("capacity", "segment_bytes", "reserve"):

@@ -136,6 +136,9 @@ class Commands:
     def attached(self) -> list[str]:
         return shmx.stats()["attached"]
 
+    def memberships(self) -> list[dict[str, Any]]:
+        return shmx.stats()["memberships"]
+
     def attach(self, key: str) -> None:
         shmx.attach(self._handles[key])
 

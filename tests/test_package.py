@@ -241,7 +241,7 @@ def test_help_lists_the_commands(argument, capsys):
     assert cli.main([argument]) == 0
     output = capsys.readouterr()
     assert output.err == ""
-    for command in ("demo", "gc"):
+    for command in ("bench", "demo", "doctor", "gc", "ls"):
         assert f"\n  {command}" in output.out
 
 
@@ -269,7 +269,7 @@ def test_gc_reports_every_arena_and_leaves_those_in_use(capsys, children):
     report = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert report[name]["outcome"] == "owner alive"
     assert report[name]["bytes"] >= 4096
-    assert set(report[name]) == {"name", "outcome", "bytes"}
+    assert set(report[name]) == {"name", "outcome", "reason", "bytes"}
     assert cli.main(["gc", "--force"]) == 0
     assert f"{name}  owner alive" in capsys.readouterr().out
     child.kill()
