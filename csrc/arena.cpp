@@ -330,6 +330,7 @@ bool Arena::may_contain(const void* address) const {
 }
 
 void Arena::drop_segment(std::uint32_t slot) {
+  const std::lock_guard prepared(prepare_mutex_);
   Segment& segment = segments_[slot];
   space_.forget_segment(slot);
   // release: peers unmap at their next call; nobody holds a block in it.
@@ -489,9 +490,11 @@ void Arena::close() {
 void Arena::lock_for_fork() noexcept {
   growth_mutex_.lock();
   mutex_.lock();
+  prepare_mutex_.lock();
 }
 
 void Arena::unlock_in_parent() noexcept {
+  prepare_mutex_.unlock();
   mutex_.unlock();
   growth_mutex_.unlock();
 }
@@ -500,6 +503,7 @@ void Arena::unlock_in_child() noexcept {
   closed_.store(true, std::memory_order_relaxed);
   // Its thread is the parent's.
   [[maybe_unused]] const Grower* const abandoned = grower_.release();
+  prepare_mutex_.unlock();
   mutex_.unlock();
   growth_mutex_.unlock();
 }

@@ -160,6 +160,7 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   bool grow(std::uint64_t size);
   void commit(std::uint32_t slot, std::uint64_t bytes);
   void enter(std::uint32_t slot, std::uint64_t bytes);
+  [[nodiscard]] bool grows_ahead() const;
   [[nodiscard]] std::uint64_t ahead() const;
   void want_growth();
   bool grow_ahead() noexcept;
@@ -185,6 +186,8 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
 
   // Held by whoever grows or drops segments, across system calls, before mutex_.
   std::mutex growth_mutex_;
+  // Held while new bytes are prepared in the background, and before a segment is unmapped; the last of the three.
+  std::mutex prepare_mutex_;
   std::mutex mutex_;  // all below is guarded by it
   std::unique_ptr<Grower> grower_;
   std::vector<Book> books_;

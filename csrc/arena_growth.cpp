@@ -14,6 +14,7 @@
 namespace shmx {
 namespace {
 
+// A huge page: where a step ends, the next one can begin with one.
 constexpr std::uint64_t kStep = 2U << 20;
 constexpr std::uint64_t kLargestAhead = 32U << 20;
 // One step of the background: a request that must wait for it waits for a millisecond or two.
@@ -29,6 +30,8 @@ std::uint64_t page_size() {
 
 std::uint64_t whole_pages(std::uint64_t bytes) { return (bytes + page_size() - 1) / page_size() * page_size(); }
 
+std::uint64_t whole_steps(std::uint64_t bytes) { return (bytes + kStep - 1) / kStep * kStep; }
+
 // What /dev/shm has to have left before anything is taken from it ahead of need.
 bool plenty_left(std::uint64_t bytes) {
   const auto room = memory_cgroup_room();
@@ -36,6 +39,8 @@ bool plenty_left(std::uint64_t bytes) {
 }
 
 }  // namespace
+
+bool Arena::grows_ahead() const { return options_.capacity >= kSmallestGrowingAhead; }
 
 std::uint64_t Arena::ahead() const { return std::clamp(reserved_ / 4, kStep, kLargestAhead); }
 
@@ -83,9 +88,8 @@ void Arena::commit(std::uint32_t slot, std::uint64_t bytes) {
     throw no_space_error(name(), bytes, "the capacity of " + human_bytes(options_.capacity) + " is used up");
   }
   // More than the request needs is only taken where it is to be had.
-  const std::uint64_t least = grower_ ? kStep : ahead();
   const std::uint64_t room = std::min(segment.bytes - segment.committed, options_.capacity - reserved_);
-  std::uint64_t step = std::min(whole_pages(std::max(bytes, least)), room);
+  std::uint64_t step = std::min(grows_ahead() ? whole_steps(bytes) : whole_pages(std::max(bytes, ahead())), room);
   const std::string file_name = data_name(control().arena(), segment.id);
   auto fd = open_segment(file_name);
   if (!fd) throw lost_name_error(file_name);
@@ -96,7 +100,7 @@ void Arena::commit(std::uint32_t slot, std::uint64_t bytes) {
     step = bytes;
     reserve_segment(fd->get(), file_name, segment.committed, ByteCount{step});
   }
-  prefault(segment.base + segment.committed, step);
+  prefault_new(segment.base + segment.committed, step);
   reserved_ += step;
   enter(slot, step);
 }
@@ -112,7 +116,7 @@ void Arena::enter(std::uint32_t slot, std::uint64_t bytes) {
 }
 
 void Arena::want_growth() {
-  if (options_.capacity < kSmallestGrowingAhead || closed()) return;
+  if (!grows_ahead() || closed()) return;
   if (reserved_ >= std::min(options_.reserve, options_.capacity) && space_.largest() >= ahead() / 2) return;
   if (!grower_) {
     try {
@@ -126,7 +130,7 @@ void Arena::want_growth() {
 
 bool Arena::grow_ahead() noexcept {
   try {
-    const std::lock_guard growing(growth_mutex_);
+    std::unique_lock growing(growth_mutex_);
     std::unique_lock guard(mutex_);
     const bool below_reserve = reserved_ < std::min(options_.reserve, options_.capacity);
     if (closed() || (!below_reserve && space_.largest() >= ahead())) return false;
@@ -134,8 +138,8 @@ bool Arena::grow_ahead() noexcept {
     // What dead peers held a moment ago may be enough.
     if (!below_reserve && last_dead_ && ticks_since(*last_dead_, ticks_now()) < kSweepPause) return false;
     control().grow_table(std::min(static_cast<std::uint32_t>(books_.size()) + kEntriesAhead, kMaxBlocks));
-    std::uint64_t bytes = below_reserve ? kBackgroundStep : std::min(kBackgroundStep, ahead());
-    bytes = std::min(bytes / page_size() * page_size(), options_.capacity - reserved_);
+    std::uint64_t bytes = below_reserve ? kBackgroundStep : std::min(kBackgroundStep, whole_steps(ahead()));
+    bytes = std::min(bytes, options_.capacity - reserved_);
     if (bytes == 0 || !plenty_left(bytes)) return false;
     const auto place = growth_in_segments(page_size());
     const std::uint32_t slot = place ? place->slot : add_segment(options_.segment_bytes);
@@ -150,7 +154,6 @@ bool Arena::grow_ahead() noexcept {
     try {
       if (auto fd = open_segment(file_name)) {
         reserve_segment(fd->get(), file_name, offset, ByteCount{bytes});
-        prefault(base + offset, bytes);
         reserved = true;
       }
     } catch (const Error&) {
@@ -163,6 +166,13 @@ bool Arena::grow_ahead() noexcept {
       return false;
     }
     enter(slot, bytes);
+    const std::lock_guard preparing(prepare_mutex_);
+    guard.unlock();
+    growing.unlock();
+    // Without the locks of requests: where memory is fragmented a huge page may take long to find, and whoever needs
+    // the bytes before that takes them as they are.
+    gather_into_huge_pages(base + offset, bytes);
+    prefault_new(base + offset, bytes);
     return true;
   } catch (const std::exception&) {
     return false;  // as above

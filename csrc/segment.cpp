@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <charconv>
 #include <cstring>
+#include <fstream>
 #include <map>
 #include <memory>
 
@@ -25,6 +26,12 @@ constexpr std::size_t kHexDigits = 16;
 
 #ifndef MADV_POPULATE_READ
 constexpr int MADV_POPULATE_READ = 22;
+#endif
+#ifndef MADV_POPULATE_WRITE
+constexpr int MADV_POPULATE_WRITE = 23;
+#endif
+#ifndef MADV_COLLAPSE
+constexpr int MADV_COLLAPSE = 25;
 #endif
 
 }  // namespace
@@ -188,13 +195,43 @@ void Mapping::replace_by_zeros() {
       ::mmap(base_, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
 }
 
-void prefault(std::byte* base, std::uint64_t bytes) {
+namespace {
+
+void advise(std::byte* base, std::uint64_t bytes, int advice) {
   const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
   const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(base) / page * page;
   const std::uintptr_t end = reinterpret_cast<std::uintptr_t>(base) + bytes;
-  // Entries of a shared mapping of tmpfs are writable even if they were made for reading, which takes a third of the
-  // time of MADV_POPULATE_WRITE: the kernel enters neighbours together.
-  ::madvise(reinterpret_cast<void*>(start), end - start, MADV_POPULATE_READ);
+  ::madvise(reinterpret_cast<void*>(start), end - start, advice);
+}
+
+// False where the administrator has turned huge pages off.
+bool huge_pages_allowed() {
+  static const bool allowed = [] {
+    std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
+    std::string modes;
+    return std::getline(file, modes) && modes.find("[never]") == std::string::npos;
+  }();
+  return allowed;
+}
+
+}  // namespace
+
+void prefault(std::byte* base, std::uint64_t bytes) {
+  // Entries of a shared mapping of tmpfs are writable even if they were made for reading, which takes half the time of
+  // MADV_POPULATE_WRITE: the kernel enters neighbours together.
+  advise(base, bytes, MADV_POPULATE_READ);
+}
+
+void prefault_new(std::byte* base, std::uint64_t bytes) {
+  // Pages that fallocate has reserved are cleared now, one by one: there are no neighbours to enter.
+  advise(base, bytes, MADV_POPULATE_WRITE);
+}
+
+void gather_into_huge_pages(std::byte* base, std::uint64_t bytes) {
+  if (!huge_pages_allowed()) return;
+  const std::uintptr_t start = (reinterpret_cast<std::uintptr_t>(base) + kHugePage - 1) / kHugePage * kHugePage;
+  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(base) + bytes) / kHugePage * kHugePage;
+  if (start < end) ::madvise(reinterpret_cast<void*>(start), end - start, MADV_COLLAPSE);
 }
 
 std::string control_name(ArenaId arena) {

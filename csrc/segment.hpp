@@ -117,9 +117,14 @@ class Mapping {
   std::uint64_t bytes_ = 0;
 };
 
-// Enters the pages of a reserved range into this process's page table, so that first use does not fault.
-// Best effort: kernels before 5.14 do without.
+// Enters the pages of a range into this process's page table, so that first use does not fault: pages that exist, or
+// pages that were reserved just now. Best effort: kernels before 5.14 do without.
 void prefault(std::byte* base, std::uint64_t bytes);
+void prefault_new(std::byte* base, std::uint64_t bytes);
+// Puts whole huge pages in the place of the small ones of a reserved range, for every process that maps it, also where
+// the system gives shared memory none by itself. Takes as long as prefault_new, or several times that where memory is
+// fragmented. Best effort: Linux 6.1 or newer.
+void gather_into_huge_pages(std::byte* base, std::uint64_t bytes);
 
 // Arena names: "/shmx-" and 16 hex digits; data segments append "." and their id.
 [[nodiscard]] std::string control_name(ArenaId arena);
