@@ -1,4 +1,4 @@
-"""Handles of blocks in an arena; every load is announced."""
+"""Handles of blocks in an arena, one block for the tensors of a message; every load is announced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Consumer", "Producer"]
 
 
 class Producer(interface.Producer):
-    """Shares, announces, lets go at once: announced loads keep the blocks."""
+    """Shares, announces, lets go at once: announced loads keep the block."""
 
     def __init__(self, plan: interface.Plan) -> None:
         super().__init__(plan)
@@ -25,7 +25,7 @@ class Producer(interface.Producer):
 
     def put(self, tensors: Sequence[torch.Tensor]) -> Sequence[interface.Frames]:
         """Copy in, pickle the handles."""
-        handles = [self._arena.share(tensor) for tensor in tensors]
+        handles = self._arena.share_many(tensors) if len(tensors) > 1 else [self._arena.share(tensors[0])]
         with shmx.readers(self.plan.consumers):
             blob = pickle.dumps(handles)
         for handle in handles:
@@ -55,6 +55,6 @@ class Consumer(interface.Consumer):
         return [handle.materialize() for handle in self._held[-1]]
 
     def done(self) -> None:
-        """Give the blocks back."""
+        """Give the block back."""
         for handle in self._held.popleft():
             handle.release()
