@@ -3,6 +3,7 @@
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -79,6 +80,12 @@ std::uint64_t read_stat(const std::string& path, const std::string& key) {
   return 0;
 }
 
+std::uint64_t physical_memory() {
+  static const std::uint64_t bytes =
+      static_cast<std::uint64_t>(::sysconf(_SC_PHYS_PAGES)) * static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  return bytes;
+}
+
 struct statvfs shm_filesystem() {
   struct statvfs facts{};
   if (::statvfs("/dev/shm", &facts) != 0) throw system_error("statvfs", "/dev/shm", errno);
@@ -112,8 +119,10 @@ std::optional<std::uint64_t> memory_cgroup_room() {
   std::optional<std::uint64_t> room;
   for (const MemoryCgroup& group : groups) {
     const auto limit = read_number(group.limit_file);
+    // Version 1 writes "no limit" as a number that no machine has the memory for.
+    if (!limit || *limit >= physical_memory()) continue;
     const auto use = read_number(group.use_file);
-    if (!limit || !use) continue;
+    if (!use) continue;
     const std::uint64_t held = *use - std::min(*use, read_stat(group.stat_file, group.cache_key));
     const std::uint64_t left = *limit > held ? *limit - held : 0;
     if (!room || left < *room) room = left;
