@@ -154,7 +154,10 @@ def _tensors_per_request(rounds: int, counts: Sequence[int], total: int) -> tupl
             return {f"{step}, {_way(way)}": costs[way][step] for way in (False, True) for step in costs[way]}
 
         _in_turns(table, str, counts, rounds, run)
-    wire.samples = {_way(together): wire.samples[_way(together)] for together in (False, True)}
+    # In order, not as the rounds have met them.
+    wire.samples = {
+        way: {str(count): wire.samples[way][str(count)] for count in counts} for way in map(_way, (False, True))
+    }
     return _say_slopes(
         table,
         counts,

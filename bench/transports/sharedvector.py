@@ -1,12 +1,13 @@
 """sharedvector: a pool of slots, one per tensor and message in flight; a slot is pinned while a consumer views it.
 
-The pool is made for data loading, where consumers pick slots as they like. Here both sides go through the slots in the
-same order, and the ZMQ message only says that a message is there, as for iceoryx2 and pyshmem.
+The pool is made for data loading: it holds one dtype, knows the shape of what is in each slot, and consumers pick the
+slots. Here the message names them.
 """
 
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,12 +23,6 @@ __all__ = ["Consumer", "Producer"]
 _OVERHEAD, _OVERHEAD_PER_SLOT = 1 << 20, 4 << 10
 
 
-def _turns(plan: interface.Plan) -> itertools.cycle[range]:
-    """Slots of each message, over and over."""
-    count = len(plan.sizes)
-    return itertools.cycle([range(first, first + count) for first in range(0, plan.in_flight * count, count)])
-
-
 class Producer(interface.Producer):
     """Replaces what is in the slots."""
 
@@ -39,13 +34,14 @@ class Producer(interface.Producer):
         self._pool = SharedVector(plan.name, chunk_size=slot, max_memory_size=room, dtype="float32")
         for size in plan.sizes * plan.in_flight:
             self._pool.append(np.zeros(size // 4, dtype=np.float32))
-        self._turns = _turns(plan)
+        self._unused = itertools.cycle(range(slots))
 
     def put(self, tensors: Sequence[torch.Tensor]) -> Sequence[interface.Frames]:
         """One copy per tensor; a slot that is still viewed is an error."""
-        for slot, tensor in zip(next(self._turns), tensors, strict=True):
+        chosen = list(itertools.islice(self._unused, len(tensors)))
+        for slot, tensor in zip(chosen, tensors, strict=True):
             self._pool.replace(slot, tensor.numpy())
-        return [[b""]] * self.plan.consumers
+        return [[pickle.dumps(chosen)]] * self.plan.consumers
 
     def close(self) -> None:
         """Unlink."""
@@ -54,16 +50,15 @@ class Producer(interface.Producer):
 
 
 class Consumer(interface.Consumer):
-    """Reads the slots in the same order; a view pins its slot until it is gone."""
+    """Reads the slots that it is told; a view pins its slot until it is gone."""
 
     def __init__(self, plan: interface.Plan, handle: Any, index: int) -> None:
         super().__init__(plan, handle, index)
         self._pool = SharedVector(plan.name, create=False)
-        self._turns = _turns(plan)
 
     def open(self, frames: interface.Frames) -> list[torch.Tensor]:
         """Zero-copy views."""
-        return [torch.from_numpy(self._pool.get(slot)) for slot in next(self._turns)]
+        return [torch.from_numpy(self._pool.get(slot)) for slot in pickle.loads(frames[0])]
 
     def close(self) -> None:
         """Unmap."""
