@@ -328,14 +328,13 @@ class SharedTensor {
     return SharedTensor(Handle::load(state));
   }
 
-  std::string to_bytes() const {
+  [[nodiscard]] std::string to_bytes(std::optional<std::uint32_t> count = std::nullopt) const {
     Readers readers;
-    ReadersContext* context = ReadersContext::current();
-    if (bound_readers_) {
-      readers = {*bound_readers_, true};
-    } else if (context != nullptr) {
-      readers = {context->count(), true};
-    }
+    // Asked for only where its count or its notes are wanted: looking it up is most of the cost of this call.
+    ReadersContext* context = count ? nullptr : ReadersContext::current();
+    if (!count) count = bound_readers_;
+    if (!count && context != nullptr) count = context->count();
+    if (count) readers = {*count, true};
     std::optional<SentMessage> sent;
     std::string bytes = handle_.to_bytes(readers, sent);
     if (sent && context != nullptr) context->note(std::move(*sent));
@@ -903,9 +902,19 @@ PYBIND11_MODULE(_core, module) {
       .def("__copy__", &SharedTensor::copy)
       .def("__deepcopy__", [](const SharedTensor& self, const py::object&) { return self.copy(); })
       .def(
-          "to_bytes", [](const SharedTensor& self) { return py::bytes(self.to_bytes()); }, doc::kToBytes)
+          "to_bytes",
+          [](const SharedTensor& self, const std::optional<py::int_>& readers) {
+            return py::bytes(self.to_bytes(readers ? std::optional(ReadersContext::checked(*readers)) : std::nullopt));
+          },
+          py::kw_only(), "readers"_a = py::none(), doc::kToBytes)
       .def_static(
-          "from_bytes", [](const py::buffer& data) { return SharedTensor::from_bytes(contiguous_bytes(data)); },
+          "from_bytes",
+          [](const py::buffer& data) {
+            if (PyBytes_CheckExact(data.ptr()) != 0) {
+              return SharedTensor::from_bytes(std::string_view(py::reinterpret_borrow<py::bytes>(data)));
+            }
+            return SharedTensor::from_bytes(contiguous_bytes(data));
+          },
           "data"_a, doc::kFromBytes)
       .def("with_readers", &SharedTensor::with_readers, "n"_a, doc::kWithReaders)
       .def("view", &SharedTensor::view, doc::kView)

@@ -86,7 +86,13 @@ n : int
 
 inline constexpr const char* kToBytes = R"(Return the handle in the written, versioned format of csrc/DESIGN.md.
 
-The same as a pickle, for other carriers and other languages; it announces loads as a pickle does.)";
+The same as a pickle, for other carriers and other languages; it announces loads as a pickle does.
+
+Parameters
+----------
+readers : int, optional
+    How often the message will be loaded, 0 to 4095. Wins over :meth:`with_readers` and :class:`shmx.readers`, and
+    is not taken back if a ``with shmx.readers(...)`` around it raises; :func:`shmx.discard` does that.)";
 
 inline constexpr const char* kFromBytes = R"(Load what :meth:`to_bytes` returned: one load of that message.
 

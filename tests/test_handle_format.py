@@ -619,3 +619,35 @@ def test_10000_mutated_states_crash_nothing_leak_nothing_and_read_nothing_outsid
     assert arena.stats()["holders"] == 1
     assert arena.stats()["held_blocks"] == len(held)
     assert messages(arena) == 0
+
+
+# ---- readers of the bytes
+
+
+def test_bytes_announce_as_many_loads_as_they_are_told():
+    handle = shmx.share(torch.arange(5)).with_readers(7)
+    with shmx.readers(9):
+        data = handle.to_bytes(readers=2)
+    handle.release()
+    for _ in range(2):
+        assert messages() == 1
+        assert torch.equal(shmx.SharedTensor.from_bytes(data).view(), torch.arange(5))
+    assert messages() == 0
+
+
+def test_bytes_with_readers_are_taken_back_by_discard_alone():
+    handle = shmx.share(torch.arange(5))
+    with pytest.raises(KeyError), shmx.readers(1):
+        told, untold = handle.to_bytes(readers=3), handle.to_bytes()
+        raise KeyError
+    assert messages() == 1
+    assert shmx.discard(untold) == 0
+    assert shmx.discard(told) == 1
+    assert messages() == 0
+
+
+@pytest.mark.parametrize("readers", [-1, 4096, 2**70])
+def test_bytes_for_an_impossible_number_of_readers_are_refused(readers):
+    with pytest.raises(ValueError, match="between 0 and 4095"):
+        shmx.share(torch.arange(5)).to_bytes(readers=readers)
+    assert messages() == 0

@@ -24,13 +24,16 @@ class Producer(interface.Producer):
         self._arena = shmx.Arena()
 
     def put(self, tensors: Sequence[torch.Tensor]) -> Sequence[interface.Frames]:
-        """Copy in, pickle the handles."""
-        handles = self._arena.share_many(tensors) if len(tensors) > 1 else [self._arena.share(tensors[0])]
-        with shmx.readers(self.plan.consumers):
+        """Copy in; one handle travels as its bytes, several as a pickle."""
+        consumers = self.plan.consumers
+        if len(tensors) == 1:
+            return [[self._arena.share(tensors[0]).to_bytes(readers=consumers)]] * consumers
+        handles = self._arena.share_many(tensors)
+        with shmx.readers(consumers):
             blob = pickle.dumps(handles)
         for handle in handles:
             handle.release()
-        return [[blob]] * self.plan.consumers
+        return [[blob]] * consumers
 
     def close(self) -> None:
         """The last one to leave an arena removes it."""
@@ -46,13 +49,16 @@ class Consumer(interface.Consumer):
 
     def open(self, frames: interface.Frames) -> list[torch.Tensor]:
         """Zero-copy views."""
-        self._held.append(pickle.loads(frames[0]))
-        return [handle.view() for handle in self._held[-1]]
+        return [handle.view() for handle in self._load(frames[0])]
 
     def own(self, frames: interface.Frames) -> list[torch.Tensor]:
         """Copies into recycled private memory."""
-        self._held.append(pickle.loads(frames[0]))
-        return [handle.materialize() for handle in self._held[-1]]
+        return [handle.materialize() for handle in self._load(frames[0])]
+
+    def _load(self, blob: bytes) -> list[shmx.SharedTensor]:
+        handles = [shmx.SharedTensor.from_bytes(blob)] if len(self.plan.sizes) == 1 else pickle.loads(blob)
+        self._held.append(handles)
+        return handles
 
     def done(self) -> None:
         """Give the block back."""
