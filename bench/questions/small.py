@@ -50,7 +50,8 @@ SAME = 1.25
 
 # What a service does between two messages, as far as the caches are concerned.
 OTHER_DATA = 8 << 20
-PEER = "iceoryx2"
+# The transports that are the fastest for small messages in `latency`.
+TRANSPORTS = ("shmx", "iceoryx2", "sharedvector")
 
 
 class Plain:
@@ -159,10 +160,12 @@ def _steps(rounds: int) -> Table:
     others = torch.ones(OTHER_DATA // 4)
     source = torch.arange(SMALL // 4, dtype=torch.float32)
     hot, cold = "caches hot", f"after {size_text(OTHER_DATA)} of other data"
-    with shmx.Arena(capacity=64 << 20) as arena, ExitStack() as peer:
-        messages: list[Callable[[], dict[str, float]]] = [lambda: _message(arena, source)]
-        if registry.choose([PEER])[0]:
-            messages.append(_peer_message(peer, source))
+    with shmx.Arena(capacity=64 << 20) as arena, ExitStack() as transports:
+        messages: list[Callable[[], dict[str, float]]] = [
+            lambda: _pickled(arena, source),
+            lambda: _as_bytes(arena, source),
+            *(_by_transport(transports, name, source) for name in registry.choose(TRANSPORTS)[0]),
+        ]
         for turn in range(-STEP_WARM_UP, rounds):
             for message in rotated(messages, turn):
                 for column in rotated((hot, cold), turn):
@@ -176,40 +179,45 @@ def _steps(rounds: int) -> Table:
     return table
 
 
-def _message(arena: shmx.Arena, source: torch.Tensor) -> dict[str, float]:
+def _pickled(arena: shmx.Arena, source: torch.Tensor) -> dict[str, float]:
     clocks = [time.perf_counter_ns()]
     tick = clocks.append
     handle = arena.share(source)
     tick(time.perf_counter_ns())
     with shmx.readers(1):
-        blob = pickle.dumps([handle])
+        blob = pickle.dumps(handle)
     tick(time.perf_counter_ns())
     handle.release()
     tick(time.perf_counter_ns())
-    (loaded,) = pickle.loads(blob)
+    loaded = pickle.loads(blob)
     tick(time.perf_counter_ns())
     view = loaded.view()
     tick(time.perf_counter_ns())
-    if not torch.equal(view, source):
-        raise MeasurementError("a view shows other bytes than were shared")
+    _compare(view, source)
     released = clock(loaded.release)
-    share, dumps, release, loads, viewed = ((end - start) / 1e3 for start, end in itertools.pairwise(clocks))
-    return {
-        "share": share,
-        "`with readers(1)`, dumps": dumps,
-        "release": release,
-        "loads": loads,
-        "view": viewed,
-        "release, as consumer": released,
-        "put: share, dumps, release": share + dumps + release,
-        "open: loads, view": loads + viewed,
-    }
+    steps = ("share", "`with readers(1)`, dumps", "release", "loads", "view")
+    costs = ((end - start) / 1e3 for start, end in itertools.pairwise(clocks))
+    return {**dict(zip(steps, costs, strict=True)), "release, as consumer": released}
 
 
-def _peer_message(stack: ExitStack, source: torch.Tensor) -> Callable[[], dict[str, float]]:
-    """The same message by the fastest peer for small ones, through its adapter."""
-    module = registry.load(PEER)
-    plan = interface.Plan(f"shmx-bench-{os.getpid()}-steps", 1, (source.nbytes,), 1)
+def _as_bytes(arena: shmx.Arena, source: torch.Tensor) -> dict[str, float]:
+    handle = arena.share(source)
+    start = time.perf_counter_ns()
+    blob = handle.to_bytes(readers=1)
+    written = time.perf_counter_ns()
+    handle.release()
+    again = time.perf_counter_ns()
+    loaded = shmx.SharedTensor.from_bytes(blob)
+    read = time.perf_counter_ns()
+    _compare(loaded.view(), source)
+    loaded.release()
+    return {"`to_bytes(readers=1)`": (written - start) / 1e3, "`from_bytes`": (read - again) / 1e3}
+
+
+def _by_transport(stack: ExitStack, name: str, source: torch.Tensor) -> Callable[[], dict[str, float]]:
+    """The same message through an adapter of `latency`, without its control channel."""
+    module = registry.load(name)
+    plan = interface.Plan(f"shmx-bench-{os.getpid()}-{name}", 1, (source.nbytes,), 1)
     producer = module.Producer(plan)
     stack.callback(producer.close)
     consumer = module.Consumer(plan, producer.handle(), 0)
@@ -221,17 +229,22 @@ def _peer_message(stack: ExitStack, source: torch.Tensor) -> Callable[[], dict[s
         put = time.perf_counter_ns()
         (view,) = consumer.open(frames)
         opened = time.perf_counter_ns()
-        if not torch.equal(view, source):
-            raise MeasurementError(f"a view of {PEER} shows other bytes than were sent")
+        _compare(view, source)
         del view
         done = clock(consumer.done)
+        producer.recycle()
         return {
-            f"{PEER}, put: loan, memmove, send": (put - start) / 1e3,
-            f"{PEER}, open: receive, view": (opened - put) / 1e3,
-            f"{PEER}, give back": done,
+            f"{name} as in `latency`: put": (put - start) / 1e3,
+            f"{name} as in `latency`: open": (opened - put) / 1e3,
+            f"{name} as in `latency`: give back": done,
         }
 
     return message
+
+
+def _compare(view: torch.Tensor, source: torch.Tensor) -> None:
+    if not torch.equal(view, source):
+        raise MeasurementError("a view shows other bytes than were shared")
 
 
 # ---- two processes
@@ -375,8 +388,8 @@ def measure(options: Options) -> Report:
         torch.set_num_threads(threads)
     steps.notes = [
         f"Single calls, each followed by one clock reading. Between two messages {size_text(OTHER_DATA)} are read and "
-        f"written, or nothing. {PEER} sends no description of what is in its message; where it is not installed its "
-        "rows are missing."
+        "written, or nothing. Only transports that are installed. iceoryx2 sends no description of what is in its "
+        "message, sharedvector the number of a slot, which has a shape, shmx a handle that says everything."
     ]
     one.notes = [
         f"Batches of {BATCH}, per call; the fastest path of each operation, caches warm. Of `dumps` the median of "
