@@ -41,13 +41,13 @@ class Transport(Protocol):
 
 
 class Shmx:
-    """Handles of shared blocks."""
+    """Handles of parts of a shared block."""
 
     name = "shmx"
 
     def publish(self, tensors: Sequence[torch.Tensor], serial: int) -> list[Any]:
-        """Copy the tensors into the arena."""
-        return [shmx.share(tensor) for tensor in tensors]
+        """Copy the tensors into one block of the arena: they travel together."""
+        return shmx.share_many(tensors)
 
     def dumps(self, request: object, loads: int) -> bytes:
         """Announce every load, so that the data outlives them all, whichever rank is last."""
@@ -55,7 +55,7 @@ class Shmx:
             return pickle.dumps(request)
 
     def sent(self, published: Sequence[Any]) -> None:
-        """Release at once: what was announced keeps the blocks."""
+        """Release at once: what was announced keeps the block."""
         for handle in published:
             handle.release()
 
@@ -68,7 +68,7 @@ class Shmx:
                 handle.revoke()
 
     def own(self, item: Any) -> torch.Tensor:
-        """Copy out of the arena and give the block back."""
+        """Copy out of the arena; the block is free when every tensor of it has been given back."""
         try:
             tensor: torch.Tensor = item.materialize()
             return tensor

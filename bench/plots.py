@@ -1,4 +1,4 @@
-"""Draws tables whose columns are sizes: one line per row, both axes logarithmic."""
+"""Draws tables whose columns are sizes or numbers: one line per row, both axes logarithmic."""
 
 from __future__ import annotations
 
@@ -15,40 +15,43 @@ __all__ = ["draw"]
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Write a PNG for every table that has at least two sizes as columns; returns the files."""
+    """Write a PNG for every table that has at least two sizes, or two numbers, as columns; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for table in report.tables:
-        sizes = _sizes(table)
-        if len(sizes) > 1:
+        places, meaning = _places(table)
+        if len(places) > 1:
             slug = re.sub(r"[^a-z0-9]+", "-", f"{report.question} {table.title}".lower()).strip("-")
-            files.append(_draw(table, sizes, folder / f"{slug}.png"))
+            files.append(_draw(table, places, meaning, folder / f"{slug}.png"))
     return files
 
 
-def _sizes(table: Table) -> dict[str, int]:
-    """Bytes of the columns that name a size."""
+def _places(table: Table) -> tuple[dict[str, int], str]:
+    """Where on the axis the columns lie that name a size, or all if they are numbers; and what the axis means."""
+    columns = table.columns()
+    if all(column.isdecimal() and int(column) for column in columns):
+        return {column: int(column) for column in columns}, "number"
     sizes = {}
-    for column in table.columns():
+    for column in columns:
         try:
             sizes[column] = parse(column.replace(" ", "")).nbytes
         except ValueError:
             continue
-    return sizes
+    return sizes, "bytes"
 
 
-def _draw(table: Table, sizes: dict[str, int], file: Path) -> Path:
+def _draw(table: Table, places: dict[str, int], meaning: str, file: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    ordered = sorted(sizes, key=sizes.__getitem__)
+    ordered = sorted(places, key=places.__getitem__)
     for number, (row, cells) in enumerate(table.samples.items()):
         columns = [column for column in ordered if cells.get(column)]
         medians = [quantile(cells[column], 0.5) for column in columns]
-        axes.plot([sizes[column] for column in columns], medians, label=row, **_style(row, number, table.baseline))
-    axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel=table.unit, title=table.title)
-    axes.set_xticks([sizes[column] for column in ordered], ordered, rotation=45)
+        axes.plot([places[column] for column in columns], medians, label=row, **_style(row, number, table.baseline))
+    axes.set(xscale="log", yscale="log", xlabel=meaning, ylabel=table.unit, title=table.title)
+    axes.set_xticks([places[column] for column in ordered], ordered, rotation=45)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

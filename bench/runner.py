@@ -118,7 +118,7 @@ def _parse(argv: Sequence[str] | None, known: dict[str, str]) -> argparse.Namesp
         "--malloc", choices=malloc_policy.POLICIES, default="settled", help="of consumers (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write a PNG for every table with several sizes")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write a PNG for every table over sizes or numbers")
     arguments = parser.parse_args(argv)
     for name in arguments.questions:
         if name not in known:

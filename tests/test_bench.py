@@ -317,6 +317,15 @@ def test_tables_without_sizes_are_not_drawn(tmp_path: Path) -> None:
     assert plots.draw(Report("question", [table]), tmp_path) == []
 
 
+@pytest.mark.parametrize(("columns", "meaning"), [(("64 B", "4 KiB"), "bytes"), (("1", "10", "100"), "number")])
+def test_tables_over_sizes_and_numbers_are_drawn(tmp_path: Path, columns: tuple[str, ...], meaning: str) -> None:
+    table = Table("Growth of it", "us", {row: {column: [1.0, 2.0] for column in columns} for row in ("share", "load")})
+    (file,) = plots.draw(Report("scaling", [table]), tmp_path)
+    assert file == tmp_path / "scaling-growth-of-it.png"
+    assert set(plots._places(table)[0]) == set(columns)
+    assert plots._places(table)[1] == meaning
+
+
 def test_options_choose_rounds() -> None:
     assert [
         Options().rounds_or(30),

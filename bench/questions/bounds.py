@@ -198,6 +198,8 @@ def measure(options: Options) -> Report:
     sizes = tuple(parse(name).nbytes for name in options.sizes) or (QUICK_SIZES if options.quick else SIZES)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    # A process measures them beside its first large copies, and guesses until then.
+    _core.measure_non_temporal_thresholds()
     try:
         for size in sizes:
             bench = _Bench(size, rotation)

@@ -6,6 +6,7 @@ that grows in proportion.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import pickle
@@ -93,11 +94,11 @@ class _Consumer:
 
 
 def _message(
-    arena: shmx.Arena, tensors: Sequence[torch.Tensor], readers: int
+    arena: shmx.Arena, tensors: Sequence[torch.Tensor], readers: int, *, together: bool = False
 ) -> tuple[bytes, list[int], dict[str, float]]:
     """Publish tensors; the pickle, the first byte of each, and what it has cost in microseconds."""
     start = time.perf_counter_ns()
-    handles = [arena.share(tensor) for tensor in tensors]
+    handles = arena.share_many(tensors) if together else [arena.share(tensor) for tensor in tensors]
     shared = time.perf_counter_ns()
     with shmx.readers(readers):
         blob = pickle.dumps(handles)
@@ -135,26 +136,40 @@ def _tensor_size(rounds: int, sizes: Sequence[int]) -> Table:
     )
 
 
-def _tensors_per_request(rounds: int, counts: Sequence[int], total: int) -> Table:
+def _tensors_per_request(rounds: int, counts: Sequence[int], total: int) -> tuple[Table, Table]:
     table = Table(f"Tensors of a request of {total / 1e6:.0f} MB", "us")
+    wire = Table("The pickle of such a request", "bytes")
+    turns = itertools.count()
     with shmx.Arena(capacity=16 * total + (64 << 20)) as arena, Worker(_Consumer) as consumer:
         sources = {count: [_random(total // count) for _ in range(count)] for count in counts}
 
         def run(count: int) -> dict[str, float]:
-            for _ in range(2):
-                blob, expected, costs = _message(arena, sources[count], 1)
-                costs.update(consumer.call("consume", blob, expected))
-            return costs
+            costs: dict[bool, dict[str, float]] = {}
+            for together in rotated((False, True), next(turns)):
+                for _ in range(2):
+                    blob, expected, costs[together] = _message(arena, sources[count], 1, together=together)
+                    costs[together].update(consumer.call("consume", blob, expected))
+                # The same in every round.
+                wire.samples.setdefault(_way(together), {})[str(count)] = [len(blob)]
+            return {f"{step}, {_way(way)}": costs[way][step] for way in (False, True) for step in costs[way]}
 
         _in_turns(table, str, counts, rounds, run)
+    # In order, not as the rounds have met them.
+    wire.samples = {
+        way: {str(count): wire.samples[way][str(count)] for count in counts} for way in map(_way, (False, True))
+    }
     return _say_slopes(
         table,
         counts,
-        "A pickle carries each tensor by itself, so dumps, loads, view and release grow with their number; share "
-        "copies the same bytes however they are cut, but pieces below the threshold of non-temporal stores "
-        f"({size_text(_core.non_temporal_thresholds()['cold'])} here) go through the cache, and at the largest numbers the "
-        "calls show.",
-    )
+        "Handles of their own are pickled and loaded one by one; with `share_many` one handle of the block travels, "
+        "and a description of each tensor. Either copies the same bytes however they are cut, but pieces below the "
+        f"threshold of non-temporal stores ({size_text(_core.non_temporal_thresholds()['cold'])} here) go through the "
+        "cache, and at the largest numbers the calls show.",
+    ), wire
+
+
+def _way(together: bool) -> str:
+    return "share_many" if together else "share each"
 
 
 def _consumers(rounds: int, counts: Sequence[int]) -> Table:
@@ -300,7 +315,7 @@ def measure(options: Options) -> Report:
     held, announced = (_blocks(few, blocks, kind) for kind in ("held", "announced"))
     tables = [
         _tensor_size(rounds, SIZES[:4] if quick else SIZES),
-        _tensors_per_request(rounds, COUNTS[:3] if quick else COUNTS, REQUEST_BYTES // (16 if quick else 1)),
+        *_tensors_per_request(rounds, COUNTS[:3] if quick else COUNTS, REQUEST_BYTES // (16 if quick else 1)),
         _consumers(rounds, CONSUMERS[:2] if quick else CONSUMERS),
         held,
         announced,

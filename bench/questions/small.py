@@ -1,15 +1,19 @@
 """What does a small object cost to share, to pickle, to load and to give back?
 
-In one process, and between two that also exchange ZMQ round trips in the same rounds. The bytes are few, so this is
-the price of the machinery itself.
+In one process, with caches that hold nothing else and with caches that have just been used for something else, and
+between two processes that also exchange ZMQ round trips in the same rounds. The bytes are few, so this is the price of
+the machinery itself.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import pickle
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +26,7 @@ from ..contenders import Contender, clock, take_turns
 from ..options import Options
 from ..process_tree import MeasurementError
 from ..report import Check, Report, Table, paired_ratio, size_text
+from ..transports import interface, registry
 from ..turns import rotated
 from ..worker import Worker
 
@@ -34,12 +39,19 @@ QUICK_LARGE = 1 << 20
 ONE_BLOCK = 8
 ROUND_TRIPS = 16
 CALL_BOUND = 30_000
+STEP_WARM_UP = 20
 
 PICKLE_LIMIT = 8.0
 SHARE_LIMIT = 0.1
 LOAD_LIMIT = 0.5
 # Single cells of one run differ by so much on a busy machine.
 SAME = 1.25
+
+
+# What a service does between two messages, as far as the caches are concerned.
+OTHER_DATA = 8 << 20
+# The transports that are the fastest for small messages in `latency`.
+TRANSPORTS = ("shmx", "iceoryx2", "sharedvector")
 
 
 class Plain:
@@ -137,6 +149,105 @@ def _one_process(table: Table, arena: shmx.Arena, source: torch.Tensor) -> list[
         "dumps + loads, class of three fields": _each(lambda: pickle.loads(pickle.dumps(plain))),
     }
     return [Contender(table, row, "us", run) for row, run in operations.items()]
+
+
+# ---- one message, step by step
+
+
+def _steps(rounds: int) -> Table:
+    """The steps of single messages, alternately right after a message and after other data has gone through caches."""
+    table = Table("The steps of one message of 4 KiB, one process", "us")
+    others = torch.ones(OTHER_DATA // 4)
+    source = torch.arange(SMALL // 4, dtype=torch.float32)
+    hot, cold = "caches hot", f"after {size_text(OTHER_DATA)} of other data"
+    with shmx.Arena(capacity=64 << 20) as arena, ExitStack() as transports:
+        messages: list[Callable[[], dict[str, float]]] = [
+            lambda: _pickled(arena, source),
+            lambda: _as_bytes(arena, source),
+            *(_by_transport(transports, name, source) for name in registry.choose(TRANSPORTS)[0]),
+        ]
+        for turn in range(-STEP_WARM_UP, rounds):
+            for message in rotated(messages, turn):
+                for column in rotated((hot, cold), turn):
+                    # Right after the one of the other column, nothing would be hot.
+                    message()
+                    if column == cold:
+                        others.add_(1)
+                    for step, cost in message().items():
+                        if turn >= 0:
+                            table.add(step, column, cost)
+    return table
+
+
+def _pickled(arena: shmx.Arena, source: torch.Tensor) -> dict[str, float]:
+    clocks = [time.perf_counter_ns()]
+    tick = clocks.append
+    handle = arena.share(source)
+    tick(time.perf_counter_ns())
+    with shmx.readers(1):
+        blob = pickle.dumps(handle)
+    tick(time.perf_counter_ns())
+    handle.release()
+    tick(time.perf_counter_ns())
+    loaded = pickle.loads(blob)
+    tick(time.perf_counter_ns())
+    view = loaded.view()
+    tick(time.perf_counter_ns())
+    _compare(view, source)
+    released = clock(loaded.release)
+    steps = ("share", "`with readers(1)`, dumps", "release", "loads", "view")
+    costs = ((end - start) / 1e3 for start, end in itertools.pairwise(clocks))
+    return {**dict(zip(steps, costs, strict=True)), "release, as consumer": released}
+
+
+def _as_bytes(arena: shmx.Arena, source: torch.Tensor) -> dict[str, float]:
+    handle = arena.share(source)
+    start = time.perf_counter_ns()
+    blob = handle.to_bytes(readers=1)
+    written = time.perf_counter_ns()
+    handle.release()
+    again = time.perf_counter_ns()
+    loaded = shmx.SharedTensor.from_bytes(blob)
+    read = time.perf_counter_ns()
+    _compare(loaded.view(), source)
+    loaded.release()
+    return {"`to_bytes(readers=1)`": (written - start) / 1e3, "`from_bytes`": (read - again) / 1e3}
+
+
+def _by_transport(stack: ExitStack, name: str, source: torch.Tensor) -> Callable[[], dict[str, float]]:
+    """The same message through an adapter of `latency`, without its control channel."""
+    module = registry.load(name)
+    plan = interface.Plan(f"shmx-bench-{os.getpid()}-{name}", 1, (source.nbytes,), 1)
+    producer = module.Producer(plan)
+    stack.callback(producer.close)
+    consumer = module.Consumer(plan, producer.handle(), 0)
+    stack.callback(consumer.close)
+
+    def message() -> dict[str, float]:
+        start = time.perf_counter_ns()
+        (frames,) = producer.put([source])
+        put = time.perf_counter_ns()
+        (view,) = consumer.open(frames)
+        opened = time.perf_counter_ns()
+        _compare(view, source)
+        del view
+        done = clock(consumer.done)
+        producer.recycle()
+        return {
+            f"{name} as in `latency`: put": (put - start) / 1e3,
+            f"{name} as in `latency`: open": (opened - put) / 1e3,
+            f"{name} as in `latency`: give back": done,
+        }
+
+    return message
+
+
+def _compare(view: torch.Tensor, source: torch.Tensor) -> None:
+    if not torch.equal(view, source):
+        raise MeasurementError("a view shows other bytes than were shared")
+
+
+# ---- two processes
 
 
 class _Consumer:
@@ -268,6 +379,18 @@ def measure(options: Options) -> Report:
         handle.release()
         take_turns(_one_process(one, arena, source), options.rounds_or(100))
         _two_processes(two, arena, sizes, options.rounds_or(60))
+    threads = torch.get_num_threads()
+    # So that all of the other data goes through the caches of this core.
+    torch.set_num_threads(1)
+    try:
+        steps = _steps(options.rounds_or(1000))
+    finally:
+        torch.set_num_threads(threads)
+    steps.notes = [
+        f"Single calls, each followed by one clock reading. Between two messages {size_text(OTHER_DATA)} are read and "
+        "written, or nothing. Only transports that are installed. iceoryx2 sends no description of what is in its "
+        "message, sharedvector the number of a slot, which has a shape, shmx a handle that says everything."
+    ]
     one.notes = [
         f"Batches of {BATCH}, per call; the fastest path of each operation, caches warm. Of `dumps` the median of "
         f"{BATCH} single calls, each with one clock reading.",
@@ -277,4 +400,4 @@ def measure(options: Options) -> Report:
         "consumer has slept before each batch. A large copy leaves cold caches to what follows. "
         f"Round trip: 100 bytes each way, PAIR sockets, median of {ROUND_TRIPS}.",
     ]
-    return Report("small", [one, two], _checks(one, two, *(size_text(size) for size in sizes)))
+    return Report("small", [one, steps, two], _checks(one, two, *(size_text(size) for size in sizes)))

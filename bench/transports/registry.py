@@ -16,6 +16,7 @@ PACKAGES = {
     "vllm_arena": "vllm",
     "vllm_storage": "vllm",
     "pyshmem": "pyshmem",
+    "sharedvector": "sharedvector",
     "sglang": "sglang",
     "segment": "torch",
     "torch_fs": "torch",

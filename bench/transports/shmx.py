@@ -1,4 +1,4 @@
-"""Handles of blocks in an arena; every load is announced."""
+"""Handles of blocks in an arena, one block for the tensors of a message; every load is announced."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Consumer", "Producer"]
 
 
 class Producer(interface.Producer):
-    """Shares, announces, lets go at once: announced loads keep the blocks."""
+    """Shares, announces, lets go at once: announced loads keep the block."""
 
     def __init__(self, plan: interface.Plan) -> None:
         super().__init__(plan)
         self._arena = shmx.Arena()
 
     def put(self, tensors: Sequence[torch.Tensor]) -> Sequence[interface.Frames]:
-        """Copy in, pickle the handles."""
+        """Copy in; one handle travels as its bytes, several as a pickle."""
         consumers = self.plan.consumers
         if len(tensors) == 1:
             return [[self._arena.share(tensors[0]).to_bytes(readers=consumers)]] * consumers
@@ -61,6 +61,6 @@ class Consumer(interface.Consumer):
         return handles
 
     def done(self) -> None:
-        """Give the blocks back."""
+        """Give the block back."""
         for handle in self._held.popleft():
             handle.release()
