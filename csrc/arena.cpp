@@ -304,13 +304,15 @@ Allocation Arena::hand_out(std::uint32_t index) {
   // relaxed: as in place_block.
   block.place.flags.store(0, std::memory_order_relaxed);
   const Generation generation{block.state.generation.load(std::memory_order_relaxed)};
+  const Ticks now = ticks_now();
   const std::uint64_t since = std::exchange(book.written_at, written_ += book.range.bytes);
+  const Ticks then = std::exchange(book.written_when, now);
   Allocation allocation{attachment_->adopt(BlockIndex{index}, generation),
                         segments_[book.range.segment_slot].base + book.range.offset,
-                        since == 0 ? Destination::kCold : destination_after(written_ - since)};
+                        since == 0 ? Destination::kCold : destination_after(written_ - since, ticks_since(then, now))};
   if (options_.scrub) std::memset(allocation.data, 0, book.range.bytes);
   // relaxed: a hint for peers that wonder whether the owner is alive.
-  control().header().owner_active.store(ticks_now(), std::memory_order_relaxed);
+  control().header().owner_active.store(now, std::memory_order_relaxed);
   ++published_;
   return allocation;
 }

@@ -125,6 +125,7 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
     std::string key;
     std::string description;
     std::uint64_t written_at = 0;  // written_ when it was last handed out; 0: never
+    Ticks written_when = 0;
   };
   struct Segment {
     std::uint32_t id = 0;

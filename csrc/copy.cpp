@@ -1,14 +1,15 @@
 #include "copy.hpp"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <fstream>
 #include <limits>
+#include <string>
 #include <system_error>
 
 #include "quiet_thread.hpp"
@@ -157,6 +158,19 @@ constexpr std::size_t kUnknown = 0;
 std::atomic<std::size_t> hot_threshold{kUnknown};
 std::atomic<std::size_t> cold_threshold{kUnknown};
 
+// From sysfs: sysconf multiplies, in some virtual machines, by processors that are not there.
+std::size_t cache_bytes(int level, std::size_t otherwise) {
+  for (int index = 0; index < 8; ++index) {
+    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index);
+    std::ifstream level_file(folder + "/level");
+    std::ifstream size_file(folder + "/size");
+    int found = 0;
+    std::size_t kibibytes = 0;
+    if (level_file >> found && found == level && size_file >> kibibytes && kibibytes != 0) return kibibytes << 10;
+  }
+  return otherwise;
+}
+
 const Thresholds& guessed_thresholds() {
   static const Thresholds guessed = [] {
     if (streaming().copy == nullptr) {
@@ -164,8 +178,7 @@ const Thresholds& guessed_thresholds() {
       return Thresholds{kNever, kNever};
     }
     // What exceeds the core's own cache will not be found there by the next reader.
-    const auto cache = static_cast<std::size_t>(std::max(::sysconf(_SC_LEVEL2_CACHE_SIZE), 0L));
-    const std::size_t cold = std::clamp(cache, std::size_t{1} << 20, kLargestMeasured);
+    const std::size_t cold = std::clamp(cache_bytes(2, 1U << 20), std::size_t{1} << 20, kLargestMeasured);
     return Thresholds{std::min(2 * cold, kLargestMeasured), cold};
   }();
   return guessed;
@@ -229,13 +242,10 @@ void copy_non_temporal(void* destination, const void* source, std::size_t bytes)
   fence();
 }
 
-Destination destination_after(std::uint64_t bytes) {
-  // Part of the last level of the cache, which others use too.
-  static const std::uint64_t remembered = [] {
-    const long last = ::sysconf(_SC_LEVEL3_CACHE_SIZE);
-    return static_cast<std::uint64_t>(std::max(last, 8L << 20)) / 4;
-  }();
-  return bytes <= remembered ? Destination::kHot : Destination::kCold;
+Destination destination_after(std::uint64_t bytes, Ticks time) {
+  // Part of the last level of the cache, which others use too: after a tick (16 ms) they have used all of it.
+  static const std::uint64_t remembered = cache_bytes(3, 32U << 20) / 4;
+  return bytes <= remembered && time == 0 ? Destination::kHot : Destination::kCold;
 }
 
 void copy_bytes(void* destination, const void* source, std::size_t bytes, Destination where) {

@@ -4,12 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "block_state.hpp"
+
 namespace shmx {
 
 // Whether the destination was written so short a time ago that the cache may hold it yet.
 enum class Destination : std::uint8_t { kHot, kCold };
-// Of a place that was written so many bytes ago, the ones that it gets now included.
-[[nodiscard]] Destination destination_after(std::uint64_t bytes);
+// Of a place that was written so many bytes ago, the ones that it gets now included, and so much time.
+[[nodiscard]] Destination destination_after(std::uint64_t bytes, Ticks time);
 
 // Copies `bytes` between buffers that do not overlap. When it returns, the stores are ordered before any
 // later store of this thread (non-temporal ones are fenced), so the block may be published.

@@ -52,9 +52,10 @@ DestinationPool::Piece DestinationPool::take(std::size_t bytes) {
   if (bytes < kSmallest) {
     void* memory = nullptr;
     if (::posix_memalign(&memory, kAlignment, std::max(bytes, kAlignment)) != 0) throw std::bad_alloc();
-    return {static_cast<std::byte*>(memory), Destination::kHot, 0};
+    return {static_cast<std::byte*>(memory), Destination::kHot, 0, 0};
   }
   const std::size_t size = rounded(bytes);
+  const Ticks now = ticks_now();
   std::uint64_t written = 0;
   {
     const std::lock_guard guard(mutex_);
@@ -64,10 +65,10 @@ DestinationPool::Piece DestinationPool::take(std::size_t bytes) {
       bin->second.pop_back();
       kept_bytes_ -= size;
       if (bin->second.empty()) kept_.erase(bin);
-      return {last.memory, destination_after(written - last.written), written};
+      return {last.memory, destination_after(written - last.written, ticks_since(last.when, now)), written, now};
     }
   }
-  return {map_fresh(size), Destination::kCold, written};
+  return {map_fresh(size), Destination::kCold, written, now};
 }
 
 void DestinationPool::give(const Piece& piece, std::size_t bytes) noexcept {
@@ -83,7 +84,7 @@ void DestinationPool::give(const Piece& piece, std::size_t bytes) noexcept {
     if (size <= limit_) {
       while (kept_bytes_ + size > limit_) drop_oldest();
       try {
-        kept_[size].push_back({piece.memory, now, piece.written});
+        kept_[size].push_back({piece.memory, now, piece.written, piece.when});
         kept_bytes_ += size;
         return;
       } catch (const std::bad_alloc&) {

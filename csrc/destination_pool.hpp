@@ -23,6 +23,7 @@ class DestinationPool : public ForkParticipant {
     std::byte* memory;
     Destination where;
     std::uint64_t written;  // a mark on the pool's clock of bytes
+    Ticks when;
   };
   // Memory of at least `bytes`, aligned to 64, content undefined, to be written at once. Throws std::bad_alloc.
   [[nodiscard]] Piece take(std::size_t bytes);
@@ -45,6 +46,7 @@ class DestinationPool : public ForkParticipant {
     std::byte* memory;
     Ticks since;
     std::uint64_t written;
+    Ticks when;
   };
   void drop_idle(Ticks now);
   void drop_oldest();
