@@ -152,7 +152,8 @@ Allocation Arena::allocate(ByteCount bytes) {
   require_open();
   // The growth that was under way may have been enough.
   if (auto found = allocate_without_growth(size)) return std::move(*found);
-  if (sweep_is_due() && sweep_dead_peers() != 0) {
+  // Growth is the moment to find out about dead peers: their blocks are cheaper than new ones.
+  if (sweep_dead_peers() != 0) {
     if (auto found = allocate_without_growth(size)) return std::move(*found);
   }
   make_entry(size);
@@ -371,13 +372,10 @@ std::uint64_t Arena::trim() {
   return before - reserved_;
 }
 
-bool Arena::sweep_is_due() const { return !last_sweep_ || ticks_since(*last_sweep_, ticks_now()) >= kSweepPause; }
-
 std::uint32_t Arena::sweep_dead_peers() {
-  last_sweep_ = ticks_now();
   const std::lock_guard guard(probe_mutex());
   const std::uint32_t dead = control().sweep(hold_bit(kOwnerSlot));
-  if (dead != 0) last_dead_ = last_sweep_;
+  if (dead != 0) last_dead_ = ticks_now();
   swept_ += dead;
   return dead;
 }

@@ -134,7 +134,7 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
     std::byte* base = nullptr;
     std::map<std::uint64_t, std::uint32_t> blocks;  // offset -> index
   };
-  static constexpr Ticks kSweepPause = kTicksPerSecond / 10;
+  static constexpr Ticks kPauseAfterSweep = kTicksPerSecond / 10;
   enum class Reuse : std::uint8_t { kPolite, kUnderPressure };
 
   Arena(ArenaOptions options, std::shared_ptr<Attachment> attachment);
@@ -169,8 +169,6 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   void note_addresses(const std::byte* base, std::uint64_t bytes);
   void drop_segment(std::uint32_t slot);
   void drop_empty_segments();
-  // Growth is the moment to find out about dead peers: their blocks are cheaper than new ones.
-  [[nodiscard]] bool sweep_is_due() const;
   std::uint32_t sweep_dead_peers();
   std::uint32_t expire();
   [[nodiscard]] Error full(std::uint64_t size, const std::string& reason);
@@ -199,7 +197,6 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   std::uint32_t next_segment_id_ = 1;
   std::uint64_t reserved_ = 0;
   std::unordered_map<std::string, std::uint32_t> keys_;
-  std::optional<Ticks> last_sweep_;
   std::optional<Ticks> last_dead_;  // when a sweep has found somebody dead
   std::string growth_refusal_;
   std::optional<std::string> expiry_notice_;

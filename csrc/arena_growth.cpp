@@ -136,7 +136,7 @@ bool Arena::grow_ahead() noexcept {
     if (closed() || (!below_reserve && space_.largest() >= ahead())) return false;
     (void)sweep_dead_peers();
     // What dead peers held a moment ago may be enough.
-    if (!below_reserve && last_dead_ && ticks_since(*last_dead_, ticks_now()) < kSweepPause) return false;
+    if (!below_reserve && last_dead_ && ticks_since(*last_dead_, ticks_now()) < kPauseAfterSweep) return false;
     control().grow_table(std::min(static_cast<std::uint32_t>(books_.size()) + kEntriesAhead, kMaxBlocks));
     std::uint64_t bytes = below_reserve ? kBackgroundStep : std::min(kBackgroundStep, whole_steps(ahead()));
     bytes = std::min(bytes, options_.capacity - reserved_);
