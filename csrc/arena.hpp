@@ -104,6 +104,8 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   [[nodiscard]] std::optional<std::string> take_expiry_notice();
   // No more allocation. The arena leaves the system when nothing in it is in use any more.
   void close();
+  // Waits until nothing more is to be taken ahead of need. Not at the same time as close().
+  void wait_for_growth();
   // Ends growth ahead of need; waits for the step that is under way.
   void stop_growing();
   // Also after the process has left all its arenas.

@@ -179,6 +179,15 @@ bool Arena::grow_ahead() noexcept {
   }
 }
 
+void Arena::wait_for_growth() {
+  Grower* grower = nullptr;
+  {
+    const std::lock_guard guard(mutex_);
+    grower = grower_.get();
+  }
+  if (grower != nullptr) grower->wait_until_idle();
+}
+
 void Arena::stop_growing() {
   std::unique_ptr<Grower> ended;
   {

@@ -26,16 +26,24 @@ void Grower::wake() {
   work_.notify_one();
 }
 
+void Grower::wait_until_idle() {
+  std::unique_lock guard(mutex_);
+  idle_.wait(guard, [this] { return !wanted_ && !stepping_; });
+}
+
 void Grower::run() {
   std::unique_lock guard(mutex_);
   for (;;) {
     work_.wait(guard, [this] { return wanted_ || stop_; });
     if (stop_) return;
     wanted_ = false;
+    stepping_ = true;
     guard.unlock();
     const bool again = step_();
     guard.lock();
+    stepping_ = false;
     wanted_ = wanted_ || again;
+    if (!wanted_) idle_.notify_all();
   }
 }
 

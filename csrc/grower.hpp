@@ -19,6 +19,8 @@ class Grower {
   Grower& operator=(const Grower&) = delete;
 
   void wake();
+  // Waits until there is nothing to do.
+  void wait_until_idle();
 
  private:
   void run();
@@ -26,7 +28,9 @@ class Grower {
   const std::function<bool()> step_;
   std::mutex mutex_;
   std::condition_variable work_;
+  std::condition_variable idle_;
   bool wanted_ = false;
+  bool stepping_ = false;
   bool stop_ = false;
   std::thread thread_;  // last: it uses the rest
 };

@@ -51,15 +51,10 @@ bool comes_true(const std::function<bool()>& condition) {
   return true;
 }
 
-// Waits until the thread has nothing to do.
+// Once the thread has nothing to do.
 std::uint64_t settled(Arena& arena) {
-  std::uint64_t reserved = 0;
-  (void)comes_true([&] {
-    const std::uint64_t before = std::exchange(reserved, arena.stats().reserved);
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    return before == reserved && arena.stats().reserved == reserved;
-  });
-  return reserved;
+  arena.wait_for_growth();
+  return arena.stats().reserved;
 }
 
 TEST_CASE("what is to be reserved is there without a request") {
