@@ -17,7 +17,8 @@ namespace shmx {
 // Sixty-fourths of a second of CLOCK_BOOTTIME, modulo 2^32 (two years): compare by ticks_since.
 using Ticks = std::uint32_t;
 inline constexpr Ticks kTicksPerSecond = 64;
-constexpr Ticks ticks_since(Ticks then, Ticks now) { return now - then; }
+// What lies ahead of `now` is new: another process has read the clock after this one.
+constexpr Ticks ticks_since(Ticks then, Ticks now) { return now - then < Ticks{1} << 31 ? now - then : 0; }
 
 // One message in flight: {time 32 | tag 20 | remaining 12}. Free when remaining is 0. The tag tells
 // this message from earlier ones of the same cell, so that a message loaded too often takes nothing

@@ -23,8 +23,6 @@ namespace {
 
 constexpr std::uint64_t kLargestCapacity = 1ULL << 46;
 constexpr std::uint32_t kBlocksPerRead = 512;  // 64 KiB
-// An age beyond it is a clock that went backwards between two processors, or damage.
-constexpr Ticks kLargestAge = 1U << 31;
 
 // A regular file, opened for reading. Not through open_segment: a pipe that somebody has put in the place of an arena
 // must not make the survey wait, and a link must not lead it elsewhere.
@@ -181,8 +179,7 @@ class Surveyor {
     for (const auto& word : block.state.cells) {
       const MessageCell cell = MessageCell::unpack(read(word));
       if (cell.remaining == 0) continue;
-      Ticks age = ticks_since(cell.time, now);
-      if (age >= kLargestAge) age = 0;
+      const Ticks age = ticks_since(cell.time, now);
       ++result_.messages;
       result_.loads_to_come += cell.remaining;
       result_.expired_messages += age >= header().ttl_ticks ? 1 : 0;

@@ -59,6 +59,8 @@ TEST_CASE("a message cell packs every value of its fields and keeps them apart")
 TEST_CASE("ticks are compared across their wrap") {
   static_assert(ticks_since(10, 25) == 15);
   static_assert(ticks_since(UINT32_MAX - 5, 4) == 10);
+  static_assert(ticks_since(26, 25) == 0);
+  static_assert(ticks_since(4, UINT32_MAX - 5) == 0);
 }
 
 TEST_CASE("a fresh block is idle at generation 0 with every cell free") {
@@ -330,6 +332,15 @@ TEST_CASE("drop_expired takes messages of at least the given age, across the wra
   CHECK(cell(*block, 4).remaining == 1);
   CHECK(drop_expired(*block, 0, kNow) == 1);
   CHECK(is_idle(*block));
+}
+
+TEST_CASE("rule 2: a message that is announced while others are given up has not expired") {
+  const auto block = fresh_block();
+  constexpr Ticks kBegun = 1000;
+  set_hold(*block, kPeer);
+  const MessageId message = announced(*block, kFirst, 1, kBegun + 1);
+  CHECK(drop_expired(*block, 300 * kTicksPerSecond, kBegun) == 0);
+  CHECK(cell(*block, message.cell).remaining == 1);
 }
 
 TEST_CASE("random operations keep the block's words and a plain account of them equal") {
