@@ -1,16 +1,23 @@
-"""Workers for chaos: they publish, forward, load, keep, verify, fork and exit at random until somebody kills them.
+"""A zygote that forks workers, kills them at random moments and replaces them, and what its workers do.
 
-A worker owns a datagram socket in a folder and writes to those of the others. What it finds wrong goes to a log file,
-because it may be dead the moment after.
+A worker publishes, forwards, loads, keeps, verifies, forks and ends at random. The mailboxes are the zygote's and
+outlive every worker: whoever takes a killed worker's place finds the messages that it has not received, some of them of
+producers that are dead by then. The zygote alone reaps, descendants included, so no process id that it kills by can
+belong to anybody else by then.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import pickle
 import random
 import signal
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +25,19 @@ import torch
 
 import shmx
 
-SLOTS = 6
-CAPACITY = 32 << 20
+CAPACITIES = (16 << 20, 64 << 20)  # the larger one has a thread that grows it ahead of need
+# What a worker has received is lost with it. Its block, and with it a dead producer's arena, waits for so long.
+TTL_S = 20.0
+BOUND_S = 60.0
+MEMFD = os.environ.get("SHMX_BACKEND") == "memfd"
+
+COUNTS = ("steps", "published", "loaded", "forwarded", "forked", "exited", "full", "stale", "expired", "ownerless")
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def _prctl(option: int, argument: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def content(seed: int, elements: int) -> torch.Tensor:
@@ -27,73 +45,145 @@ def content(seed: int, elements: int) -> torch.Tensor:
     return torch.arange(elements, dtype=torch.int64) * (2 * (seed % 1009) + 1) + seed
 
 
-def mailbox(folder: Path, slot: int) -> str:
-    return str(folder / f"worker-{slot}")
+def _born() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _life(pid: int) -> str | None:
+    """The moment a process began, nothing if it has ended: with the process id it names one process only."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+class Tally:
+    """Counters in memory that all share; a row of them is written by one process at a time, so none is lost."""
+
+    def __init__(self, rows: int) -> None:
+        self._words = memoryview(mmap.mmap(-1, 8 * rows * (len(COUNTS) + 1))).cast("Q")
+        self._width = len(COUNTS) + 1
+
+    def add(self, row: int, what: str) -> None:
+        self._words[row * self._width + COUNTS.index(what)] += 1
+
+    def get(self, row: int, what: str) -> int:
+        return self._words[row * self._width + COUNTS.index(what)]
+
+    def total(self, what: str) -> int:
+        return sum(self._words[COUNTS.index(what) :: self._width].tolist())
+
+    def set_child(self, row: int, pid: int) -> None:
+        self._words[row * self._width + len(COUNTS)] = pid
+
+    def child(self, row: int) -> int:
+        return self._words[row * self._width + len(COUNTS)]
 
 
 class Worker:
     """One worker's state; ``step`` does one random thing."""
 
-    def __init__(self, folder: Path, slot: int, seed: int) -> None:
-        self.folder, self.slot = folder, slot
+    def __init__(self, scene: Scene, slot: int, seed: int) -> None:
+        self.scene, self.slot, self.row = scene, slot, slot
         self.random = random.Random(seed)
-        self.log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.kept: list[tuple[int, Any, torch.Tensor]] = []
-        self.inbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        Path(mailbox(folder, slot)).unlink(missing_ok=True)
-        self.inbox.bind(mailbox(folder, slot))
-        self.inbox.setblocking(False)
-        self.outbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.outbox.setblocking(False)
+        self.steps_left: int | None = None  # no end
+        self.identity = (os.getpid(), _life(os.getpid()))
+        shmx.configure(capacity=self.random.choice(CAPACITIES), ticket_ttl=TTL_S)
 
-    def note(self, what: str) -> None:
-        os.write(self.log, f"{what}\n".encode())
+    def count(self, what: str) -> None:
+        self.scene.tally.add(self.row, what)
 
     def verify(self, seed: int, tensor: torch.Tensor, where: str) -> None:
         if not torch.equal(tensor, content(seed, tensor.numel())):
-            self.note(f"corrupt {where}: message {seed}")
+            self.scene.note(f"corrupt {where}: message {seed}")
 
-    def send(self, seed: int, handle: shmx.SharedTensor) -> None:
-        with shmx.readers(1):
-            blob = pickle.dumps((seed, handle))
-        try:
-            self.outbox.sendto(blob, mailbox(self.folder, self.random.randrange(SLOTS)))
-        except OSError:  # nobody there, or a full mailbox
-            shmx.discard(blob)
+    def elements(self) -> int:
+        return self.random.randint(1, 1 << self.random.randint(1, 15))
+
+    def send(self, seed: int, handles: list[shmx.SharedTensor], readers: int) -> None:
+        """One pickle to as many mailboxes as are announced; 0 announces nothing, and one gets it."""
+        with shmx.readers(readers):
+            blob = pickle.dumps((seed, readers, _born(), self.identity, handles))
+        for slot in self.random.sample(range(self.scene.slots), max(readers, 1)):
+            try:
+                self.scene.outboxes[slot].send(blob)
+            except BlockingIOError:  # a full mailbox
+                if readers == 1:
+                    shmx.discard(blob)
+                elif readers > 1:
+                    self.open(blob)  # the load that was announced for it
 
     def publish(self) -> None:
         seed = self.random.getrandbits(40)
+        choice = self.random.random()
         try:
-            handle = shmx.share(content(seed, self.random.randint(1, 32 << 10)))
+            if choice < 0.2:
+                own = shmx.empty((self.elements(),), dtype=torch.int64)
+                own.copy_(content(seed, own.numel()))
+                handles = [shmx.share(own)]
+            elif choice < 0.4:
+                count = self.random.randint(2, 4)
+                handles = shmx.share_many(content(seed + part, self.elements()) for part in range(count))
+            else:
+                handles = [shmx.share(content(seed, self.elements()))]
         except shmx.ArenaFullError:
-            # Messages that a killed worker will never load hold on to their blocks until their time-to-live.
-            self.note("full")
+            # What killed workers have received and not released is room again only after the time-to-live.
+            self.count("full")
             return
-        self.send(seed, handle)
+        self.count("published")
+        self.send(seed, handles, self.random.choice((0, 1, 1, 1, 1, 2, 2)))
 
     def receive(self) -> None:
-        try:
-            blob = self.inbox.recv(4096)
-        except BlockingIOError:
-            return
-        seed, handle = pickle.loads(blob)
-        try:
-            view = handle.view()
-        except shmx.ShmxError as error:
-            self.note(f"lost message {seed}: {error}")
-            return
-        self.note("loaded")
-        self.verify(seed, view, "view")
+        with suppress(BlockingIOError):
+            self.open(self.scene.inboxes[self.slot].recv(8192))
+
+    def open(self, blob: bytes) -> None:
+        seed, readers, born, producer, handles = pickle.loads(blob)
+        views = []
+        for handle in handles:
+            try:
+                views.append(handle.view())
+            except shmx.ShmxError as error:
+                self.judge(seed, readers, born, producer, error)
+                return
+            self.count("loaded")
+        for part, view in enumerate(views):
+            self.verify(seed + part, view, "view")
         choice = self.random.random()
         if choice < 0.4:
-            self.kept.append((seed, handle, view))
+            self.kept += [(seed + part, handles[part], view) for part, view in enumerate(views)]
         elif choice < 0.6:
-            self.send(seed, handle)
+            self.count("forwarded")
+            self.send(seed, handles, self.random.choice((1, 2)))
         elif choice < 0.8:
-            own = handle.materialize()
-            handle.release()
-            del view
-            self.verify(seed, own, "materialized")
+            owned = [handle.materialize() for handle in handles]
+            for handle in handles:
+                handle.release()
+            del view, views
+            for part, tensor in enumerate(owned):
+                self.verify(seed + part, tensor, "materialized")
+
+    def judge(self, seed: int, readers: int, born: float, producer: tuple[int, str], error: shmx.ShmxError) -> None:
+        """A load that failed: was it one that may?"""
+        if readers == 0 and isinstance(error, (shmx.StaleHandleError, shmx.SegmentLostError)):
+            self.count("stale")
+        elif _born() - born > TTL_S - 1:
+            self.count("expired")
+        elif MEMFD and isinstance(error, shmx.SegmentLostError) and self._ended(*producer):
+            self.count("ownerless")
+        else:
+            self.scene.note(f"lost message {seed} for {readers} of {producer}: {error!r}")
+
+    def _ended(self, pid: int, life: str) -> bool:
+        # It gives its arena up a moment before it ends.
+        deadline = time.monotonic() + 5
+        while _life(pid) == life:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
 
     def let_go(self) -> None:
         if self.kept:
@@ -101,47 +191,174 @@ class Worker:
             self.verify(seed, view, "kept view")
 
     def fork(self) -> None:
-        if os.fork() == 0:
-            for seed, handle, view in self.kept:
-                self.verify(seed, view, "inherited view")
-                self.verify(seed, handle.view(), "view of an inherited handle")
-            os._exit(0)
+        self.count("forked")
+        if os.fork() != 0:
+            return
+        # It goes on as another worker of this slot, for a while if nobody kills it.
+        self.row = self.scene.slots + self.slot
+        self.scene.tally.set_child(self.slot, os.getpid())
+        self.steps_left = self.random.randint(1, 200)
+        self.random.seed(self.random.getrandbits(32))
+        self.identity = (os.getpid(), _life(os.getpid()))
+        for seed, handle, view in self.kept:
+            self.verify(seed, view, "inherited view")
+            self.verify(seed, handle.view(), "view of an inherited handle")
 
     def step(self) -> None:
+        self.count("steps")
+        if self.steps_left is not None:
+            self.steps_left -= 1
+            if self.steps_left == 0:
+                raise SystemExit
         choice = self.random.random()
-        if choice < 0.45:
+        if choice < 0.4:
             self.publish()
         elif choice < 0.9 and len(self.kept) < 8:
             self.receive()
-        elif choice < 0.985:
+        elif choice < 0.98:
             self.let_go()
-        elif choice < 0.995:
+        elif choice < 0.985 and self.steps_left is None:
             self.fork()
+        elif choice < 0.993:
+            shmx.trim()
         elif choice < 0.996:
+            shmx.gc()
+        elif choice < 0.998:
+            self.count("exited")
             raise SystemExit
 
+    def drain(self) -> None:
+        """Receive whatever waits in any mailbox, and end."""
+        found = True
+        while found:
+            found = False
+            for inbox in self.scene.inboxes:
+                with suppress(BlockingIOError):
+                    self.open(inbox.recv(8192))
+                    found = True
+        self.kept.clear()
 
-def _work(folder: Path, slot: int, seed: int) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    try:
-        worker = Worker(folder, slot, seed)
-        while True:
-            worker.step()
-    except SystemExit:
+
+class Scene:
+    """What all workers share: mailboxes, counters, and the file that says what was wrong."""
+
+    def __init__(self, folder: Path, slots: int) -> None:
+        self.slots = slots
+        self.tally = Tally(2 * slots)
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(slots)]
+        self.inboxes, self.outboxes = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        for end in (*self.inboxes, *self.outboxes):
+            end.setblocking(False)
+        self._complaints = folder / "complaints"
+        self._complaints.touch()
+
+    def note(self, what: str) -> None:
+        # In a file, because who writes may be dead the moment after.
+        with self._complaints.open("ab", buffering=0) as file:
+            file.write(f"{what}\n".encode())
+
+    def complaints(self) -> list[str]:
+        return self._complaints.read_text().splitlines()
+
+    def start(self, slot: int, seed: int, *, drain: bool = False) -> int:
+        zygote = os.getpid()
+        if (pid := os.fork()) != 0:
+            return pid
+        try:
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != zygote:
+                os._exit(1)
+            worker = Worker(self, slot, seed)
+            if drain:
+                worker.drain()
+            while not drain:
+                worker.step()
+        except SystemExit:
+            pass
+        except BaseException as error:
+            self.note(f"failed: {error!r}")
+            os._exit(1)
         shmx._core.leave_all()
         os._exit(0)
-    except BaseException as error:
-        os.write(os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), f"failed: {error!r}\n".encode())
-        os._exit(1)
 
 
-def zygote(connection: Any, folder: Path) -> None:
-    """Fork a worker for each (slot, seed) received and answer its pid; None ends it. torch is imported only once."""
-    shmx.configure(capacity=CAPACITY)
+class Killer:
+    """The zygote's own part."""
+
+    def __init__(self, scene: Scene, seed: int, mean_pause_s: float) -> None:
+        self.scene, self.pause = scene, 2 * mean_pause_s
+        self.random = random.Random(seed)
+        self.kills = 0
+        self.workers: dict[int, int] = {}  # slot by process id
+
+    def _start(self, slot: int) -> None:
+        self.workers[self.scene.start(slot, self.random.getrandbits(32))] = slot
+
+    def _reap(self) -> None:
+        with suppress(ChildProcessError):
+            while (pid := os.waitpid(-1, os.WNOHANG)[0]) != 0:
+                for slot in range(self.scene.slots):
+                    if self.scene.tally.child(slot) == pid:
+                        self.scene.tally.set_child(slot, 0)
+                if (slot_of_worker := self.workers.pop(pid, None)) is not None:
+                    self._start(slot_of_worker)
+
+    def _kill_one(self) -> None:
+        victim = self.random.choice(list(self.workers))
+        child = self.scene.tally.child(self.workers[victim])
+        if child != 0 and self.random.random() < 0.5:
+            victim = child
+        if _life(victim) is None:
+            return
+        os.kill(victim, signal.SIGKILL)
+        self.kills += 1
+
+    def run(self, kills: int) -> Iterator[int]:
+        """Kill so many; answers now and then how many it were."""
+        for slot in range(self.scene.slots):
+            self._start(slot)
+        while self.kills < kills:
+            time.sleep(self.random.uniform(0, self.pause))  # the random moment, not a wait for anything
+            self._kill_one()
+            self._reap()
+            if self.kills % 100 == 0:
+                yield self.kills
+
+    def require_progress(self) -> None:
+        """No worker is stuck in what a killed one has left."""
+        deadline = time.monotonic() + BOUND_S
+        before = {slot: self.scene.tally.get(slot, "steps") for slot in range(self.scene.slots)}
+        while any(self.scene.tally.get(slot, "steps") == count for slot, count in before.items()):
+            if time.monotonic() > deadline:
+                self.scene.note("stuck: a worker makes no step")
+                return
+            self._reap()
+            time.sleep(0.001)
+
+    def end(self) -> None:
+        """Kill all at once, and have what waits in the mailboxes loaded."""
+        for pid in self.workers:
+            os.kill(pid, signal.SIGKILL)
+        self.kills += len(self.workers)
+        self.workers.clear()
+        with suppress(ChildProcessError):  # their children end by themselves
+            while True:
+                os.waitpid(-1, 0)
+        os.waitpid(self.scene.start(0, self.random.getrandbits(32), drain=True), 0)
+
+
+def zygote(connection: Any, folder: Path, slots: int, kills: int, seed: int, mean_pause_s: float) -> dict[str, Any]:
+    """Kill that many workers; sends the number of kills now and then, and answers counts and complaints."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while (request := connection.recv()) is not None:
-        pid = os.fork()
-        if pid == 0:
-            _work(folder, *request)
-        connection.send(pid)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    scene = Scene(folder, slots)
+    killer = Killer(scene, seed, mean_pause_s)
+    for number in killer.run(kills):
+        connection.send(("kills", number))
+    killer.require_progress()
+    killer.end()
+    return {
+        "kills": killer.kills,
+        **{what: scene.tally.total(what) for what in COUNTS},
+        "complaints": scene.complaints(),
+    }
