@@ -336,8 +336,12 @@ void Arena::drop_segment(std::uint32_t slot) {
   const std::lock_guard prepared(prepare_mutex_);
   Segment& segment = segments_[slot];
   space_.forget_segment(slot);
+  SegmentEntry& shared = control().header().segments[slot];
+  // relaxed: ordered by the count.
+  shared.status.store(SegmentStatus::kDead, std::memory_order_relaxed);
+  // Not with the next segment: a peer that looks between its status and its id would take the old one for live.
+  shared.id.store(0, std::memory_order_relaxed);
   // release: peers unmap at their next call; nobody holds a block in it.
-  control().header().segments[slot].status.store(SegmentStatus::kDead, std::memory_order_release);
   control().header().trim_count.fetch_add(1, std::memory_order_release);
   unlink_segment(data_name(control().arena(), segment.id));
   reserved_ -= segment.committed;

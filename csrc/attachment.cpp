@@ -299,9 +299,16 @@ void Attachment::map_all() {
   for (std::uint32_t slot = 0; slot < kMaxSegments; ++slot) {
     const SegmentEntry& entry = control_.header().segments[slot];
     if (entry.status.load(std::memory_order_acquire) != SegmentStatus::kLive) continue;
-    const DataMapping& segment = map_segment(slot);
-    prefault(segment.mapping.base(),
-             std::min(entry.committed.load(std::memory_order_acquire), segment.mapping.bytes()));
+    const std::uint32_t id = entry.id.load(std::memory_order_acquire);
+    if (id == 0) continue;
+    try {
+      const DataMapping& segment = map_segment(slot);
+      prefault(segment.mapping.base(),
+               std::min(entry.committed.load(std::memory_order_acquire), segment.mapping.bytes()));
+    } catch (const Error& error) {
+      // Nothing in it is held here, so its owner may have trimmed it since.
+      if (error.code() != ErrorCode::kSegmentLost || entry.id.load(std::memory_order_acquire) == id) throw;
+    }
   }
 }
 
@@ -324,11 +331,8 @@ void Attachment::drop_dead_mappings() {
     DataMapping& segment = segments_[slot];
     const std::uint32_t mapped_id = segment.segment_id.load(std::memory_order_relaxed);
     if (mapped_id == 0) continue;
-    const SegmentEntry& entry = control_.header().segments[slot];
-    if (entry.id.load(std::memory_order_acquire) == mapped_id &&
-        entry.status.load(std::memory_order_relaxed) == SegmentStatus::kLive) {
-      continue;
-    }
+    // Alone: the status may be that of the segment that comes next. relaxed: ordered by the count.
+    if (control_.header().segments[slot].id.load(std::memory_order_relaxed) == mapped_id) continue;
     segment.segment_id.store(0, std::memory_order_relaxed);
     segment.base.store(nullptr, std::memory_order_relaxed);
     segment.mapping.reset();

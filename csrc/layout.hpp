@@ -53,7 +53,7 @@ static_assert(sizeof(BlockState) == 96 && sizeof(BlockPlace) == 24 && sizeof(Blo
 enum class SegmentStatus : std::uint32_t { kAbsent = 0, kLive = 1, kDead = 2 };
 
 struct SegmentEntry {
-  std::atomic<std::uint32_t> id;  // never used twice in one arena; part of the segment's name
+  std::atomic<std::uint32_t> id;  // part of the name; never used twice in one arena; 0: no segment (any more)
   std::atomic<SegmentStatus> status;
   std::atomic<std::uint64_t> bytes;      // size of the mapping
   std::atomic<std::uint64_t> committed;  // bytes from the start that are reserved (fallocate)

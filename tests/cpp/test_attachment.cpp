@@ -2,8 +2,10 @@
 #include <doctest/doctest.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdio>
 #include <fstream>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -243,6 +245,47 @@ TEST_CASE("a peer unmaps a trimmed segment at its next load, and not what it use
   fill(again, 33);
   const Hold newer = load(*peer, send(again.hold, exactly(1)));
   CHECK(is_filled(newer, 33));
+}
+
+TEST_CASE("a peer unmaps a trimmed segment, though it looks while the next one is being entered in its place") {
+  const Published published;
+  const auto peer = Attachment::join(published.id());
+  Allocation large = published.arena->allocate(ByteCount{6 * kMiB});
+  {
+    const Hold seen = load(*peer, send(large.hold, exactly(1)));
+    (void)peer->data(seen);
+  }
+  large.hold.release();
+  REQUIRE(published.arena->trim() > 0);
+  // The owner's next segment: its status comes before its id.
+  published.control().header().segments[1].status.store(SegmentStatus::kLive);
+  const Hold hold = load(*peer, send(published.made.hold, exactly(1)));
+  CHECK(mapped_segments(published.id()).deleted == 0);
+  published.control().header().segments[1].status.store(SegmentStatus::kDead);
+}
+
+TEST_CASE("map_all does not stumble over segments that are trimmed meanwhile") {
+  ArenaOptions options = small_options();
+  options.segment_bytes = 8192;
+  const auto arena = Arena::create(options);
+  const auto peer = Attachment::join(id_of(*arena));
+  std::atomic<bool> ended{false};
+  std::jthread owner([&] {
+    for (int i = 0; i < 2000; ++i) {
+      arena->allocate(ByteCount{8192}).hold.release();
+      (void)arena->trim();
+    }
+    ended.store(true);
+  });
+  std::string failure;
+  while (!ended.load() && failure.empty()) {
+    try {
+      peer->map_all();
+    } catch (const Error& error) {
+      failure = error.what();
+    }
+  }
+  CHECK(failure == "");
 }
 
 TEST_CASE("a membership that has retired holds nothing, and late releases do nothing") {
