@@ -251,11 +251,14 @@ std::optional<ArenaId> arena_of_name(const std::string& file_name) {
   std::uint64_t id = 0;
   const auto [end, failure] = std::from_chars(digits, digits + kHexDigits, id, 16);
   if (failure != std::errc{} || end != digits + kHexDigits) return std::nullopt;
-  const std::string_view rest(end, file_name.data() + file_name.size());
-  if (!rest.empty() && (rest[0] != '.' || rest.find_first_not_of("0123456789", 1) != std::string_view::npos)) {
-    return std::nullopt;
-  }
-  return ArenaId{id};
+  const ArenaId arena{id};
+  const char* const last = file_name.data() + file_name.size();
+  std::uint32_t segment = 0;
+  if (end != last && std::from_chars(end + 1, last, segment).ec != std::errc{}) return std::nullopt;
+  // In the one form in which shmx writes it: a file of any other name is somebody else's, and not to be removed.
+  const std::string written = end == last ? control_name(arena) : data_name(arena, segment);
+  if (written.compare(1, std::string::npos, file_name) != 0) return std::nullopt;
+  return arena;
 }
 
 std::vector<NamedSegments> list_arenas() {

@@ -44,7 +44,9 @@ TEST_CASE("names are written and read in one form only") {
   for (const char* other :
        {"", "shmx-", "shmx-00abcdef0123456", "shmx-00abcdef0123456g", "shmx-00abcdef012345678", "shmx-+0abcdef01234567",
         "shmx--0abcdef01234567", "shmx-0x0bcdef01234567", "shmx-00abcdef01234567.x", "shmx-00abcdef01234567.1x",
-        "shmx-00abcdef01234567-1", "shmy-00abcdef01234567", "Shmx-00abcdef01234567", "/shmx-00abcdef01234567"}) {
+        "shmx-00abcdef01234567-1", "shmy-00abcdef01234567", "Shmx-00abcdef01234567", "/shmx-00abcdef01234567",
+        "shmx-00ABCDEF01234567", "shmx-00abcdef01234567.", "shmx-00abcdef01234567.01", "shmx-00abcdef01234567.1.1",
+        "shmx-00abcdef01234567.4294967296"}) {
     CAPTURE(other);
     CHECK_FALSE(arena_of_name(other).has_value());
   }
