@@ -43,6 +43,12 @@ ArenaOptions checked(ArenaOptions options) {
   if (!(options.ticket_ttl >= 0) || !(options.reuse_delay >= 0)) {
     throw Error(ErrorCode::kInvalidArgument, "ticket_ttl and reuse_delay are seconds, not negative");
   }
+  if (options.group && !in_group(*options.group)) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "group " + std::to_string(*options.group) +
+                    " is not one of this process's groups; add its user to it (docker run --group-add, Kubernetes "
+                    "supplementalGroups)");
+  }
   options.segment_bytes = round_up(std::min(options.segment_bytes, options.capacity), page);
   const std::vector<int> nodes = memory_nodes();
   if (!options.numa_node) {
@@ -65,7 +71,7 @@ std::shared_ptr<Arena> Arena::create(ArenaOptions options) {
   for (;;) {
     const ArenaId id{random_id()};
     std::unique_lock guard(attach_mutex());
-    auto control = ControlSegment::create(id, {options.capacity, to_ticks(options.ticket_ttl)});
+    auto control = ControlSegment::create(id, {options.capacity, to_ticks(options.ticket_ttl), options.group});
     const std::string name = control.name();
     try {
       // A reaper that came upon the name before it was locked has removed it: take another one.
@@ -137,11 +143,24 @@ std::optional<Allocation> Arena::try_allocate(ByteCount bytes) {
   const std::unique_lock guard(mutex_, std::try_to_lock);
   if (!guard.owns_lock()) return std::nullopt;
   require_open();
-  return allocate_without_growth(checked_block_bytes(bytes));
+  auto made = allocate_without_growth(checked_block_bytes(bytes));
+  if (made) limit(*made, bytes);
+  return made;
 }
 
 Allocation Arena::allocate(ByteCount bytes) {
-  const std::uint64_t size = checked_block_bytes(bytes);
+  Allocation made = allocate_block(checked_block_bytes(bytes));
+  limit(made, bytes);
+  return made;
+}
+
+// The rest of a block may show an earlier tensor: no handle reaches it.
+void Arena::limit(const Allocation& made, ByteCount bytes) const {
+  // relaxed: as in place_block.
+  entry(value(made.hold.block())).place.used.store(value(bytes), std::memory_order_relaxed);
+}
+
+Allocation Arena::allocate_block(std::uint64_t size) {
   {
     const std::lock_guard guard(mutex_);
     require_open();

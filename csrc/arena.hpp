@@ -35,6 +35,7 @@ struct ArenaOptions {
   bool scrub = false;                        // clear blocks before they are used again
   std::uint64_t reserve = 0;                 // bytes to take from the system ahead of need, in the background
   std::optional<int> numa_node;              // where the memory is to lie; by default where the producer runs
+  std::optional<gid_t> group;                // whose members may attach, too; by default this user id alone
 };
 
 struct Allocation {
@@ -145,7 +146,9 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   [[nodiscard]] std::uint64_t checked_block_bytes(ByteCount bytes) const;
   // Makes sure that a block can get an entry of the table, if need be that of an idle block.
   void make_entry(std::uint64_t size);
+  [[nodiscard]] Allocation allocate_block(std::uint64_t size);
   [[nodiscard]] std::optional<Allocation> allocate_without_growth(std::uint64_t size);
+  void limit(const Allocation& made, ByteCount bytes) const;
   [[nodiscard]] std::optional<std::uint32_t> reuse_same_size(std::uint64_t size);
   [[nodiscard]] std::optional<Range> reclaim_some(std::uint64_t size);
   [[nodiscard]] std::optional<Range> reclaim_oldest(std::uint64_t size);

@@ -210,6 +210,7 @@ std::uint32_t Arena::add_segment(std::uint64_t bytes) {
   const std::string file_name = data_name(control().arena(), id);
   const UniqueFd fd = create_segment(file_name);
   try {
+    open_like(fd.get(), file_name, file_facts(control().file().fd(), name()));
     size_segment(fd.get(), file_name, ByteCount{bytes});
     Mapping mapping(fd.get(), file_name, ByteCount{bytes}, Access::kReadWrite);
     if (options_.numa_node) prefer_node(mapping.base(), bytes, *options_.numa_node);

@@ -244,7 +244,8 @@ std::byte* Attachment::mapped(const Hold& hold) const {
   const std::uint64_t size = segment.bytes.load(std::memory_order_relaxed);
   const std::uint64_t bytes = place.bytes.load(std::memory_order_relaxed);
   const std::uint64_t offset = place.offset.load(std::memory_order_relaxed);
-  if (base == nullptr || bytes > size || offset > size - bytes) return nullptr;
+  const std::uint64_t used = place.used.load(std::memory_order_relaxed);
+  if (base == nullptr || used > bytes || bytes > size || offset > size - bytes) return nullptr;
   return base + offset;
 }
 
@@ -254,10 +255,11 @@ std::byte* Attachment::data(const Hold& hold) {
   const BlockPlace& place = control_.block(hold.block()).place;
   const std::uint64_t offset = place.offset.load(std::memory_order_relaxed);
   const std::uint64_t bytes = place.bytes.load(std::memory_order_relaxed);
+  const std::uint64_t used = place.used.load(std::memory_order_relaxed);
   const std::uint16_t slot = place.segment_slot.load(std::memory_order_relaxed);
   const std::lock_guard guard(map_mutex_);
   const DataMapping& segment = map_segment(slot);
-  if (bytes > segment.mapping.bytes() || offset > segment.mapping.bytes() - bytes) {
+  if (used > bytes || bytes > segment.mapping.bytes() || offset > segment.mapping.bytes() - bytes) {
     throw Error(ErrorCode::kInvalidHandle, "block " + std::to_string(value(hold.block())) + " of arena " +
                                                control_.name() +
                                                " lies outside its segment: the block table is damaged");
@@ -278,7 +280,7 @@ Attachment::DataMapping& Attachment::map_segment(std::uint32_t slot) {
   auto fd = open_segment(name);
   if (!fd) throw lost_name_error(name);
   const FileFacts facts = file_facts(fd->get(), name);
-  if (facts.uid != ::geteuid()) {
+  if (!is_trusted(facts.uid, facts.gid, facts.mode)) {
     throw Error(ErrorCode::kInvalidHandle, "segment " + name + " belongs to another user id");
   }
   if (bytes == 0 || facts.bytes < bytes) {

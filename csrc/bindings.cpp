@@ -8,6 +8,7 @@
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -500,7 +501,8 @@ std::uint64_t positive_bytes(const py::int_& number, const char* name) {
 
 std::shared_ptr<Arena> make_arena(const std::optional<py::int_>& capacity, const std::optional<py::int_>& segment_bytes,
                                   std::optional<double> ticket_ttl, std::optional<double> reuse_delay, bool scrub,
-                                  const std::optional<py::int_>& reserve, std::optional<int> numa_node) {
+                                  const std::optional<py::int_>& reserve, std::optional<int> numa_node,
+                                  std::optional<gid_t> group) {
   ArenaOptions options;
   if (capacity) options.capacity = positive_bytes(*capacity, "capacity");
   if (segment_bytes) options.segment_bytes = positive_bytes(*segment_bytes, "segment_bytes");
@@ -509,6 +511,7 @@ std::shared_ptr<Arena> make_arena(const std::optional<py::int_>& capacity, const
   options.scrub = scrub;
   if (reserve) options.reserve = positive_bytes(*reserve, "reserve");
   options.numa_node = numa_node;
+  options.group = group;
   const py::gil_scoped_release released;
   return Arena::create(options);
 }
@@ -772,8 +775,13 @@ std::vector<SharedTensor> arena_share_many(Arena& arena, const py::iterable& ten
   {
     std::optional<py::gil_scoped_release> released;
     if (total > kCopyWithoutGil) released.emplace();
+    std::uint64_t end = 0;
     for (std::size_t i = 0; i < sources.size(); ++i) {
-      if (!in_place[i]) stored[i] = fill(allocation, sources[i], offsets[i], total);
+      if (in_place[i]) continue;
+      // The handle of the whole reaches what lies between the parts.
+      std::memset(allocation.data + end, 0, offsets[i] - end);
+      stored[i] = fill(allocation, sources[i], offsets[i], total);
+      end = offsets[i] + sources[i].bytes;
     }
   }
   const TensorMeta all{kBytesDtype, 0, {static_cast<std::int64_t>(total)}, {}};
@@ -1050,7 +1058,7 @@ PYBIND11_MODULE(_core, module) {
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
       .def(py::init(&make_arena), py::kw_only(), "capacity"_a = py::none(), "segment_bytes"_a = py::none(),
            "ticket_ttl"_a = py::none(), "reuse_delay"_a = py::none(), "scrub"_a = false, "reserve"_a = py::none(),
-           "numa_node"_a = py::none())
+           "numa_node"_a = py::none(), "group"_a = py::none())
       .def(
           "share",
           [](Arena& arena, const py::object& tensor, const std::optional<std::string>& key,
@@ -1082,6 +1090,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("leave_all", &leave_all, py::call_guard<py::gil_scoped_release>());
   module.def("set_pool_limit", [](std::uint64_t bytes) { DestinationPool::instance().set_limit(bytes); }, "bytes"_a);
   module.def("set_non_temporal_threshold", &set_non_temporal_threshold, "bytes"_a);
+  module.def("set_trusted_group", &set_trusted_group, "group"_a);
   module.def("set_read_only", [](bool on) { set_peer_access(on ? Access::kReadOnly : Access::kReadWrite); }, "on"_a);
   module.def("clear_pool", [] { DestinationPool::instance().clear(); });
   module.def("pool_bytes", [] { return DestinationPool::instance().kept_bytes(); });

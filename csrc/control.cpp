@@ -22,6 +22,7 @@ ControlSegment ControlSegment::create(ArenaId arena, const ControlOptions& optio
   const std::string name = control_name(arena);
   SegmentFile file(name, create_segment(name));
   try {
+    if (options.group) open_to_group(file.fd(), name, *options.group);
     size_segment(file.fd(), name, ByteCount{kControlBytes});
     reserve_segment(file.fd(), name, 0, ByteCount{kHeaderBytes});
     Mapping mapping(file.fd(), name, ByteCount{kControlBytes}, Access::kReadWrite);
@@ -47,9 +48,10 @@ std::optional<ControlSegment> ControlSegment::open(ArenaId arena) {
   auto fd = open_segment(name);
   if (!fd) return std::nullopt;
   const FileFacts facts = file_facts(fd->get(), name);
-  if (facts.uid != ::geteuid()) {
+  if (!is_trusted(facts.uid, facts.gid, facts.mode)) {
     throw Error(ErrorCode::kInvalidHandle, "arena " + name + " belongs to user id " + std::to_string(facts.uid) +
-                                               "; arenas are private to one user id");
+                                               "; arenas are private to one user id, or to a group that all processes "
+                                               "are in and have set (SHMX_GROUP)");
   }
   // Read, not mapped: a page of a torn creation may not be reserved, and touching it could fault.
   std::uint64_t magic = 0;

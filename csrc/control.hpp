@@ -13,6 +13,7 @@ namespace shmx {
 struct ControlOptions {
   std::uint64_t capacity;
   std::uint32_t ttl_ticks;
+  std::optional<gid_t> group{};  // whose members may attach, too
 };
 
 class ControlSegment {

@@ -17,7 +17,7 @@ const char* remedy(int system_errno) {
       return "; no memory or no mapping left: see vm.max_map_count and the memory limit of this container";
     case EACCES:
     case EPERM:
-      return "; arenas are private to one user id: run both processes as the same user";
+      return "; arenas are private to one user id: run both processes as the same user, or share a group (SHMX_GROUP)";
     case ENOSYS:
     case EOPNOTSUPP:
       return "; shmx needs Linux with a tmpfs at /dev/shm";

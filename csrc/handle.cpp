@@ -44,9 +44,10 @@ Error carried(const HandleState& state) {
 void require_inside(const Hold& hold, const TensorMeta& meta) {
   const ControlSegment& control = hold.attachment().control();
   // relaxed: the place of a held block does not change.
-  if (meta.end() <= control.block(hold.block()).place.bytes.load(std::memory_order_relaxed)) return;
-  throw Error(ErrorCode::kInvalidHandle, "not a valid shmx handle: its tensor is larger than block " +
-                                             std::to_string(value(hold.block())) + " of arena " + control.name());
+  if (meta.end() <= control.block(hold.block()).place.used.load(std::memory_order_relaxed)) return;
+  throw Error(ErrorCode::kInvalidHandle, "not a valid shmx handle: its tensor is larger than what block " +
+                                             std::to_string(value(hold.block())) + " of arena " + control.name() +
+                                             " was published with");
 }
 
 }  // namespace

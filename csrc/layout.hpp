@@ -12,7 +12,7 @@
 namespace shmx {
 
 inline constexpr std::uint64_t kMagic = 0x31'6c'74'63'78'6d'68'73;  // "shmxctl1", little endian
-inline constexpr std::uint32_t kLayoutVersion = 1;
+inline constexpr std::uint32_t kLayoutVersion = 2;
 
 inline constexpr std::uint32_t kMaxPeers = 64;         // bits of BlockState::holds; the owner is peer 0
 inline constexpr std::uint32_t kMessageCells = 10;     // messages of one block in flight at a time
@@ -37,6 +37,7 @@ struct BlockPlace {
   std::atomic<std::uint32_t> last_use;  // Ticks of the last release of an implicitly announced block
   std::atomic<std::uint16_t> segment_slot;
   std::atomic<std::uint16_t> flags;  // BlockFlag
+  std::atomic<std::uint64_t> used;   // bytes from the start of the block that handles of it may name
 };
 
 enum BlockFlag : std::uint16_t {
@@ -48,7 +49,7 @@ struct alignas(128) BlockEntry {
   BlockState state;
   BlockPlace place;
 };
-static_assert(sizeof(BlockState) == 96 && sizeof(BlockPlace) == 24 && sizeof(BlockEntry) == 128);
+static_assert(sizeof(BlockState) == 96 && sizeof(BlockPlace) == 32 && sizeof(BlockEntry) == 128);
 
 enum class SegmentStatus : std::uint32_t { kAbsent = 0, kLive = 1, kDead = 2 };
 

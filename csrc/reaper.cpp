@@ -145,6 +145,8 @@ Reaped reap(ControlSegment& control, std::uint64_t spared, Expiry expiry) {
   for (;;) {
     {
       const std::lock_guard guard(probe_mutex());
+      // /dev/shm is sticky: another member of the group could empty the arena but not take its names away.
+      if (file_facts(control.file().fd(), control.name()).uid != ::geteuid()) return Reaped::kNotOurs;
       const auto owner = ProbeLock::try_take(control.file(), kOwnerSlot);
       if (!owner) return Reaped::kOwnerAlive;
       control.clear_slot(kOwnerSlot);

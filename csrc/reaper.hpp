@@ -15,7 +15,7 @@ enum class Reaped : std::uint8_t {
   kRemoved,     // nothing was outstanding; all names are gone
   kInUse,       // holds or messages are left: the arena stays an orphan
   kOwnerAlive,  // or another process is reaping it right now
-  kNotOurs,     // another user's, another layout version, or not readable
+  kNotOurs,     // another user's, in group mode too, another layout version, or not readable
 };
 
 enum class Expiry : std::uint8_t { kNever, kTimeToLive, kNow };

@@ -6,6 +6,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <charconv>
 #include <cstring>
@@ -23,6 +25,11 @@ constexpr std::uint64_t kHugePage = 2U << 20;
 constexpr const char* kDirectory = "/dev/shm";
 constexpr std::string_view kPrefix = "shmx-";
 constexpr std::size_t kHexDigits = 16;
+constexpr mode_t kGroupMode = 0660;
+constexpr std::int64_t kNoGroup = -1;
+
+// A setting, read when a segment is opened.
+std::atomic<std::int64_t> trusted_group{kNoGroup};
 
 #ifndef MADV_POPULATE_READ
 constexpr int MADV_POPULATE_READ = 22;
@@ -55,7 +62,34 @@ FileFacts file_facts(int fd, const std::string& name) {
   return {{facts.st_dev, facts.st_ino},
           static_cast<std::uint64_t>(facts.st_size),
           static_cast<std::uint64_t>(facts.st_nlink),
-          facts.st_uid};
+          facts.st_uid,
+          facts.st_gid,
+          facts.st_mode};
+}
+
+void set_trusted_group(std::optional<gid_t> group) { trusted_group.store(group ? std::int64_t{*group} : kNoGroup); }
+
+bool in_group(gid_t group) {
+  if (group == ::getegid()) return true;
+  std::vector<gid_t> groups(static_cast<std::size_t>(std::max(::getgroups(0, nullptr), 0)));
+  const int count = ::getgroups(static_cast<int>(groups.size()), groups.data());
+  return count > 0 && std::find(groups.begin(), groups.begin() + count, group) != groups.begin() + count;
+}
+
+bool is_trusted(uid_t uid, gid_t gid, mode_t mode) {
+  if (uid == ::geteuid()) return true;
+  // Root may open what others have made, which is no reason to: the group decides for root, too.
+  return trusted_group.load() == std::int64_t{gid} && (mode & ACCESSPERMS) == kGroupMode && in_group(gid);
+}
+
+void open_to_group(int fd, const std::string& name, gid_t group) {
+  // The group first, so that no other one is ever let in.
+  if (::fchown(fd, static_cast<uid_t>(-1), group) != 0) throw system_error("fchown", name, errno);
+  if (::fchmod(fd, kGroupMode) != 0) throw system_error("fchmod", name, errno);
+}
+
+void open_like(int fd, const std::string& name, const FileFacts& control) {
+  if ((control.mode & ACCESSPERMS) == kGroupMode) open_to_group(fd, name, control.gid);
 }
 
 UniqueFd create_segment(const std::string& name) {

@@ -47,8 +47,20 @@ struct FileFacts {
   std::uint64_t bytes = 0;
   std::uint64_t links = 0;
   uid_t uid = 0;
+  gid_t gid = 0;
+  mode_t mode = 0;
 };
 [[nodiscard]] FileFacts file_facts(int fd, const std::string& name);
+
+// Group mode, for processes with different user ids: a segment of mode 0660 is trusted, too, if it has the group that
+// this process was told to trust and is in. Without it a process trusts its own user id's segments alone.
+void set_trusted_group(std::optional<gid_t> group);
+[[nodiscard]] bool in_group(gid_t group);
+[[nodiscard]] bool is_trusted(uid_t uid, gid_t gid, mode_t mode);
+// Gives a new segment to the group, which this process is in.
+void open_to_group(int fd, const std::string& name, gid_t group);
+// The same if the arena's control segment was given to one.
+void open_like(int fd, const std::string& name, const FileFacts& control);
 
 // Creates a segment that did not exist (mode 0600); EEXIST is an Error like any other.
 [[nodiscard]] UniqueFd create_segment(const std::string& name);

@@ -67,7 +67,7 @@ class Surveyor {
   // Nothing if all its files have gone since their names were read.
   std::optional<ArenaSurvey> look() {
     if (!found_) return std::nullopt;
-    if (result_.uid != ::geteuid()) {
+    if (!trusted_) {
       result_.state = ArenaState::kForeign;
     } else if (fd_ = open_for_reading(result_.name); !fd_.valid() && errno == ENOENT) {
       // An arena that ends loses its data first, so data that is there now belongs to none.
@@ -85,6 +85,7 @@ class Surveyor {
     if (::lstat(("/dev/shm" + name).c_str(), &facts) != 0) return;
     found_ = true;
     result_.uid = facts.st_uid;
+    trusted_ = is_trusted(facts.st_uid, facts.st_gid, facts.st_mode);
     result_.memory_bytes += static_cast<std::uint64_t>(facts.st_blocks) * 512;
   }
 
@@ -106,7 +107,7 @@ class Surveyor {
     }
     // What the name led to a moment ago may be another file by now.
     result_.uid = facts.st_uid;
-    if (facts.st_uid != ::geteuid()) {
+    if (!is_trusted(facts.st_uid, facts.st_gid, facts.st_mode)) {
       result_.state = ArenaState::kForeign;
       return false;
     }
@@ -205,6 +206,7 @@ class Surveyor {
   ArenaId arena_;
   std::vector<std::string> data_;
   bool found_ = false;
+  bool trusted_ = false;
   UniqueFd fd_;
   std::uint64_t size_ = 0;
   bool owner_alive_ = false;

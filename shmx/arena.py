@@ -17,7 +17,7 @@ import torch
 
 from shmx import _core
 from shmx._core import SharedTensor
-from shmx.config import ArenaConfig
+from shmx.config import ArenaConfig, group_id
 from shmx.errors import ArenaFullError, InvalidHandleError
 from shmx.survey import arenas, prospect
 
@@ -66,6 +66,7 @@ class Arena(_core.Arena):
         scrub: bool | None = None,
         reserve: int | None = None,
         numa_node: int | None = None,
+        group: int | str | None = None,
     ) -> None:
         preset = ArenaConfig.from_environment()
         super().__init__(
@@ -76,6 +77,7 @@ class Arena(_core.Arena):
             scrub=(preset.scrub or False) if scrub is None else scrub,
             reserve=preset.reserve if reserve is None else reserve,
             numa_node=preset.numa_node if numa_node is None else numa_node,
+            group=None if (chosen := preset.group if group is None else group) is None else group_id(chosen),
         )
         _logger.info("arena %s made, capacity %d bytes", self.name, self.capacity)
         # Those of dead owners that made room for it.
@@ -161,10 +163,12 @@ def configure(
     scrub: bool | None = None,
     reserve: int | None = None,
     numa_node: int | None = None,
+    group: int | str | None = None,
 ) -> None:
     """Set what the default arena is made with. Call it before the first :func:`share`.
 
-    Parameters are those of :class:`shmx.config.ArenaConfig`; they win over the environment.
+    Parameters are those of :class:`shmx.config.ArenaConfig`; they win over the environment. ``group`` also says whose
+    arenas this process accepts.
 
     Raises
     ------
@@ -177,7 +181,9 @@ def configure(
                 f"the default arena {_default.name} exists already; call shmx.configure before the first share, "
                 "or make an Arena(...) of its own"
             )
-        settings = ArenaConfig(capacity, segment_bytes, ticket_ttl, reuse_delay, scrub, reserve, numa_node)
+        settings = ArenaConfig(capacity, segment_bytes, ticket_ttl, reuse_delay, scrub, reserve, numa_node, group)
+        if group is not None:
+            _core.set_trusted_group(group_id(group))
         _configured.update({name: value for name, value in vars(settings).items() if value is not None})
 
 

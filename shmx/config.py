@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import mmap
 import os
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 _LEAST_BYTES = mmap.PAGESIZE
 _MOST_BYTES = 1 << 46
+_NO_GROUP = (1 << 32) - 1  # what chown takes for "leave it"
 
 
 def _bytes(name: str, text: str, least: int = _LEAST_BYTES) -> int:
@@ -49,6 +51,18 @@ def _node(name: str, text: str) -> int:
     return int(text)
 
 
+def group_id(group: int | str, name: str = "group") -> int:
+    """Find the number of a group that is given by number or by name; raises ``ValueError`` if there is none."""
+    if isinstance(group, str) and not group.isdecimal():
+        try:
+            return grp.getgrnam(group).gr_gid
+        except KeyError:
+            raise ValueError(f"{name}={group!r} is no group of this system; give its name or its number") from None
+    if not 0 <= int(group) < _NO_GROUP:
+        raise ValueError(f"{name}={group!r} is no group; give its name or its number")
+    return int(group)
+
+
 def _flag(name: str, text: str) -> bool:
     if text.lower() in _TRUE:
         return True
@@ -62,6 +76,7 @@ def apply_environment() -> None:
 
     ``SHMX_POOL_BYTES``: private memory that is kept for materialized tensors; 0 keeps none. ``SHMX_READONLY``: map
     other processes' arenas read-only. ``SHMX_NT_THRESHOLD``: copies of so many bytes and more use non-temporal stores.
+    ``SHMX_GROUP``: accept arenas of other user ids that were made for this group, see :class:`ArenaConfig`.
     Raises ``ValueError`` that names the variable if one cannot be read.
     """
     if (text := os.environ.get("SHMX_POOL_BYTES")) is not None:
@@ -70,6 +85,8 @@ def apply_environment() -> None:
         _core.set_read_only(_flag("SHMX_READONLY", text))
     if (text := os.environ.get("SHMX_NT_THRESHOLD")) is not None:
         _core.set_non_temporal_threshold(_bytes("SHMX_NT_THRESHOLD", text, least=1))
+    if (text := os.environ.get("SHMX_GROUP")) is not None:
+        _core.set_trusted_group(group_id(text, "SHMX_GROUP"))
 
 
 @dataclass(frozen=True)
@@ -91,13 +108,23 @@ class ArenaConfig:
         Seconds that a block rests after its last release if a handle of it was pickled without a reader count.
         Default 0.1. Environment: ``SHMX_REUSE_DELAY``.
     scrub
-        Clear a block before it is used again. Default off. Environment: ``SHMX_SCRUB``.
+        Clear a block, to its last byte, when it is handed out for another tensor: before anybody has a handle of it,
+        and so before what lay there can be seen through one. What is free or idle is not cleared until then. Default
+        off: no handle reaches beyond what was published, though who may map the segment can read the rest.
+        Environment: ``SHMX_SCRUB``.
     reserve
         Bytes to take from the system in the background as soon as the arena is made, so that a burst of requests does
         not wait for them. Default: a few MiB ahead of what is in use. Environment: ``SHMX_RESERVE``.
     numa_node
         The NUMA node whose memory to prefer. Default: that of the processor on which the arena is made.
         Environment: ``SHMX_NUMA_NODE``.
+    group
+        A group, by name or number, whose members may attach although their user ids differ (containers that run as
+        different users): segments get that group and mode 0660 instead of 0600. The process has to be in it. A reader
+        accepts an arena of another user id only if that is its mode, if its group is one of the reader's, and if the
+        reader has set the same group by ``SHMX_GROUP`` or :func:`shmx.configure`. Members can read and write
+        everything in the arena. Removing what a dead producer has left is up to its own user id, since /dev/shm is
+        sticky. Default: arenas are private to one user id. Environment: ``SHMX_GROUP``.
     """
 
     capacity: int | None = None
@@ -107,11 +134,12 @@ class ArenaConfig:
     scrub: bool | None = None
     reserve: int | None = None
     numa_node: int | None = None
+    group: int | str | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> ArenaConfig:
         """Read ``SHMX_*``; raises ``ValueError`` that names the variable if one cannot be read."""
-        values: dict[str, int | float | bool] = {}
+        values: dict[str, int | float | bool | str] = {}
         for field in fields(cls):
             name = f"SHMX_{field.name.upper()}"
             text = environment.get(name)
@@ -121,6 +149,8 @@ class ArenaConfig:
                 values[field.name] = _bytes(name, text)
             elif field.name == "numa_node":
                 values[field.name] = _node(name, text)
+            elif field.name == "group":
+                values[field.name] = group_id(text, name)
             elif field.name == "scrub":
                 values[field.name] = _flag(name, text)
             else:

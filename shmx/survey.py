@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from shmx import _core
@@ -40,6 +41,8 @@ def prospect(arena: dict[str, Any], *, force: bool = False) -> tuple[str, str]:
     if arena["attached"]:
         return "in use", "this process takes part in it"
     state = arena["state"]
+    if state == "orphan" and arena["uid"] != os.geteuid():
+        return ("not ours", f"it belongs to user id {arena['uid']}, whose processes remove it")
     if state == "orphan":
         return _prospect_of_an_orphan(arena, force)
     if state == "headless":

@@ -242,7 +242,7 @@ def test_a_tensor_larger_than_its_block_is_an_invalid_handle():
         {"shape": (1 << 40,)},
         {"shape": (), "offset": 1 << 47},
     ):
-        with pytest.raises(shmx.InvalidHandleError, match="larger than block 0"):
+        with pytest.raises(shmx.InvalidHandleError, match="larger than what block 0"):
             load(dataclasses.replace(good, **change))
     assert shmx.stats()["arena"]["held_blocks"] == 1
     handle.release()

@@ -28,7 +28,7 @@ inline BlockEntry& entry_of(const Hold& hold) { return hold.attachment().control
 
 // Pickles a handle of the block and lets the handle go again.
 inline HandleState send(const Hold& hold, Readers readers) {
-  const auto bytes = static_cast<std::int64_t>(entry_of(hold).place.bytes.load());
+  const auto bytes = static_cast<std::int64_t>(entry_of(hold).place.used.load());
   const Handle handle(TensorMeta{Dtype{0}, 0, {bytes}, {}}, hold.share());
   std::optional<SentMessage> sent;
   return decode_handle(handle.to_bytes(readers, sent));

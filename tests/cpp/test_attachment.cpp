@@ -209,6 +209,7 @@ TEST_CASE("a block table that is damaged is refused before any byte is touched")
   CHECK(refused_when(place.offset, std::uint64_t{1} << 60));
   CHECK(refused_when(place.offset, UINT64_MAX));
   CHECK(refused_when(place.bytes, UINT64_MAX));
+  CHECK(refused_when(place.used, place.bytes.load() + 1));
   CHECK(is_filled(hold, 17));
 }
 

@@ -6,66 +6,20 @@ Each scenario runs in a process of its own with a small tmpfs of its own on /dev
 from __future__ import annotations
 
 import errno
-import functools
 import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-BOUND_S = 120
+from tests.fault.own_shm import SHM, free_bytes, names, run_scenario
+
 SHM_BYTES = 16 << 20
 MIB = 1 << 20
-SHM = Path("/dev/shm")
-
-
-def in_small_shm(command: list[str]) -> subprocess.CompletedProcess[str]:
-    mount = f'mount -t tmpfs -o size={SHM_BYTES} tmpfs /dev/shm && exec "$@"'
-    return subprocess.run(
-        ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh", *command],
-        capture_output=True,
-        text=True,
-        timeout=BOUND_S,
-        check=False,
-    )
-
-
-@functools.cache
-def refusal() -> str | None:
-    """Why there is no small /dev/shm to be had here."""
-    if shutil.which("unshare") is None:
-        return "unshare (util-linux) is not installed"
-    tried = in_small_shm(["true"])
-    return f"no mount namespace of one's own here: {tried.stderr.strip()}" if tried.returncode != 0 else None
-
-
-@pytest.fixture
-def run_scenario():
-    if (reason := refusal()) is not None:
-        pytest.skip(reason)
-
-    def run(name: str) -> None:
-        ended = in_small_shm([sys.executable, "-m", "tests.fault.test_small_shm", name])
-        assert ended.returncode >= 0, f"ended by signal {-ended.returncode}"
-        assert (ended.returncode, ended.stdout) == (0, "held\n"), ended.stderr
-
-    return run
 
 
 # ---- scenarios: each runs alone, in a small /dev/shm ----
-
-
-def names() -> list[str]:
-    return sorted(path.name for path in SHM.iterdir())
-
-
-def free_bytes() -> int:
-    facts = os.statvfs(SHM)
-    return facts.f_bavail * facts.f_frsize
 
 
 @contextmanager
@@ -88,7 +42,7 @@ def somebody_else_s_file(leaving: int) -> Iterator[None]:
         path.unlink()
 
 
-def expect_full(use) -> None:
+def expect_full(use: Callable[[], object]) -> None:
     import shmx
 
     try:
@@ -246,6 +200,106 @@ def views_of_a_peer_are_reserved_too() -> None:
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+def every_way_to_publish_16_mib_in_8_mib_is_refused() -> None:
+    """One request that is larger than /dev/shm, on every path that takes memory, with room left and without."""
+    import asyncio
+
+    import torch
+
+    import shmx
+    from tests.patterns import is_pattern, pattern
+
+    assert free_bytes() <= 8 * MIB
+    large = pattern(0, 16 * MIB)
+    strided = large.view(-1, 2).t()
+    refused = 0
+    # The first has a thread that grows it ahead of need.
+    for settings in ({"capacity": 64 * MIB}, {"capacity": 32 * MIB}, {"capacity": 64 * MIB, "reserve": 48 * MIB}):
+        with shmx.Arena(**settings) as arena:
+            ways: list[Callable[[], object]] = [
+                lambda arena=arena: arena.share(large),
+                lambda arena=arena: arena.share(strided),
+                lambda arena=arena: arena.share(large, key="content"),
+                lambda arena=arena: arena.share(large, timeout=0.01),
+                lambda arena=arena: arena.share_many([large[: MIB // 2], large]),
+                lambda arena=arena: arena.share_many([large[: MIB // 8]] * 16),
+                lambda arena=arena: arena.empty((16 * MIB,), dtype=torch.uint8),
+                lambda arena=arena: asyncio.run(arena.share_async(large)),
+                lambda arena=arena: asyncio.run(arena.share_async(large, timeout=0.01)),
+            ]
+            for held in (0, 4):
+                kept = [arena.share(pattern(seed, MIB)) for seed in range(held)]
+                for way in ways:
+                    for _ in range(5):
+                        expect_full(way)
+                        refused += 1
+                with somebody_else_s_file(leaving=0):
+                    for way in ways:
+                        expect_full(way)
+                        refused += 1
+                    assert all(is_pattern(handle.view(), seed) for seed, handle in enumerate(kept))
+                for handle in kept:
+                    handle.release()
+            # What there is can be had, and written to its last byte.
+            arena.trim()
+            whole = arena.empty((4 * MIB,), dtype=torch.uint8)
+            whole.fill_(7)
+            assert bool((whole == 7).all())
+            del whole, ways, way
+    print(f"{refused} of {refused} requests were a clean ENOSPC")
+
+
+def a_background_that_finds_no_room_harms_nothing() -> None:
+    """reserve= of more than there is: what was reserved can be written, requests are served or refused."""
+    import torch
+
+    import shmx
+
+    for leaving in (0, MIB, 5 * MIB):
+        with shmx.Arena(capacity=1 << 30, reserve=1 << 30) as arena, somebody_else_s_file(leaving=leaving):
+            given = []
+            while True:
+                try:
+                    given.append(arena.empty((MIB // 4,), dtype=torch.uint8))
+                except shmx.ArenaFullError:
+                    break
+            for value, tensor in enumerate(given):
+                tensor.fill_(value % 251)
+            assert all(bool((tensor == value % 251).all()) for value, tensor in enumerate(given))
+            assert arena.stats()["reserved_bytes"] >= len(given) * (MIB // 4)
+            del given
+
+
+def a_consumer_attaches_maps_and_copies_without_room() -> None:
+    """attach(), views, materialize and messages of its own touch shared pages that exist, and take none."""
+    import pickle
+
+    import shmx
+    from tests.patterns import is_pattern, pattern
+
+    reader, writer = os.pipe()
+    answers, answer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        handles = pickle.loads(os.read(reader, 1 << 16))
+        shmx.attach(handles[0])
+        right = all(is_pattern(handle.view(), seed) for seed, handle in enumerate(handles))
+        right = right and all(is_pattern(handle.materialize(), seed) for seed, handle in enumerate(handles))
+        with shmx.readers(1):
+            os.write(answer, pickle.dumps(handles))
+        expect_full(lambda: shmx.share(pattern(0, MIB)))
+        os._exit(0 if right else 1)
+    with shmx.Arena(capacity=1 << 30) as arena:
+        handles = [arena.share(pattern(seed, MIB)) for seed in range(4)]
+        with somebody_else_s_file(leaving=0), shmx.readers(1):
+            os.write(writer, pickle.dumps(handles))
+            del handles
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            handles = pickle.loads(os.read(answers, 1 << 16))
+            assert all(is_pattern(handle.view(), seed) for seed, handle in enumerate(handles))
+        del handles
+
+
 SCENARIOS = [
     share_is_refused_and_goes_on,
     empty_is_refused_and_every_byte_of_what_was_given_can_be_written,
@@ -255,19 +309,26 @@ SCENARIOS = [
     a_dead_producer_s_memory_is_room_again,
     a_closed_arena_s_memory_is_room_again,
     views_of_a_peer_are_reserved_too,
+    a_background_that_finds_no_room_harms_nothing,
+    a_consumer_attaches_maps_and_copies_without_room,
 ]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_in_16_mib(run_scenario, scenario):
+def test_in_16_mib(scenario):
     """Rule 9."""
-    run_scenario(scenario.__name__)
+    run_scenario(__name__, scenario.__name__, SHM_BYTES)
 
 
-def test_the_small_shm_really_kills_who_does_not_reserve(run_scenario):
+def test_a_request_of_twice_dev_shm_is_a_clean_error_on_every_path():
+    """Rule 9: 8 MiB, and requests of 16."""
+    print(run_scenario(__name__, every_way_to_publish_16_mib_in_8_mib_is_refused.__name__, 8 * MIB))
+
+
+def test_the_small_shm_really_kills_who_does_not_reserve():
     """The danger is there: a mapping of a file that was sized and not reserved faults when /dev/shm is full."""
     with pytest.raises(AssertionError, match="signal 7"):
-        run_scenario("touch_what_was_not_reserved")
+        run_scenario(__name__, touch_what_was_not_reserved.__name__, SHM_BYTES)
 
 
 def touch_what_was_not_reserved() -> None:
