@@ -1,5 +1,6 @@
 #include "host.hpp"
 
+#include <fcntl.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "error.hpp"
+#include "segment.hpp"
 
 namespace shmx {
 namespace {
@@ -22,6 +24,25 @@ std::uint32_t fnv1a(const std::string& text) {
   std::uint32_t hash = 2166136261U;
   for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 16777619U;
   return hash;
+}
+
+// A file of /proc, as large as they are. Nothing where it is not to be had at all; throws where it is not to be had
+// now: what is remembered must not depend on whether a descriptor was free at that moment.
+std::optional<std::string> read_file(const char* path) {
+  const UniqueFd fd(::open(path, O_RDONLY | O_CLOEXEC));
+  if (!fd.valid()) {
+    if (errno == ENOENT || errno == EACCES || errno == EPERM) return std::nullopt;
+    throw system_error("open", path, errno);
+  }
+  std::string text;
+  char buffer[4096];
+  for (;;) {
+    const ssize_t got = ::read(fd.get(), buffer, sizeof buffer);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) throw system_error("read", path, errno);
+    if (got == 0) return text;
+    text.append(buffer, static_cast<std::size_t>(got));
+  }
 }
 
 std::optional<std::uint64_t> read_number(const std::string& path) {
@@ -45,7 +66,7 @@ struct MemoryCgroup {
 
 std::vector<MemoryCgroup> find_memory_cgroups() {
   std::vector<MemoryCgroup> groups;
-  std::ifstream membership("/proc/self/cgroup");
+  std::istringstream membership(read_file("/proc/self/cgroup").value_or(""));
   std::string line;
   while (std::getline(membership, line)) {
     const auto first = line.find(':');
@@ -58,11 +79,11 @@ std::vector<MemoryCgroup> find_memory_cgroups() {
     const std::string mount = unified ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
     for (;;) {
       const std::string base = mount + (path == "/" ? "" : path) + "/";
-      MemoryCgroup group =
+      // Whether there is a limit is read each time: one may be set later.
+      groups.push_back(
           unified ? MemoryCgroup{base + "memory.max", base + "memory.current", base + "memory.stat", "inactive_file"}
                   : MemoryCgroup{base + "memory.limit_in_bytes", base + "memory.usage_in_bytes", base + "memory.stat",
-                                 "total_inactive_file"};
-      if (read_number(group.limit_file)) groups.push_back(std::move(group));
+                                 "total_inactive_file"});
       if (path == "/" || path.empty()) break;
       path.resize(path.rfind('/') == 0 ? 1 : path.rfind('/'));
     }
@@ -96,9 +117,8 @@ struct statvfs shm_filesystem() {
 
 std::uint32_t host_id() {
   static const std::uint32_t id = [] {
-    std::ifstream file("/proc/sys/kernel/random/boot_id");
-    std::string identity;
-    std::getline(file, identity);
+    std::string identity = read_file("/proc/sys/kernel/random/boot_id").value_or("");
+    identity.resize(std::min(identity.find('\n'), identity.size()));
     struct stat shm{};
     if (::stat("/dev/shm", &shm) != 0) throw system_error("stat", "/dev/shm", errno);
     return fnv1a(identity + "/" + std::to_string(shm.st_dev) + "/" + std::to_string(shm.st_ino));
