@@ -20,8 +20,9 @@ constexpr std::uint32_t kTableStep = 256;
 
 ControlSegment ControlSegment::create(ArenaId arena, const ControlOptions& options) {
   const std::string name = control_name(arena);
-  SegmentFile file(name, create_segment(name));
+  UniqueFd fd = create_segment(name);
   try {
+    SegmentFile file(name, std::move(fd));
     if (options.group) open_to_group(file.fd(), name, *options.group);
     size_segment(file.fd(), name, ByteCount{kControlBytes});
     reserve_segment(file.fd(), name, 0, ByteCount{kHeaderBytes});
@@ -55,7 +56,9 @@ std::optional<ControlSegment> ControlSegment::open(ArenaId arena) {
   }
   // Read, not mapped: a page of a torn creation may not be reserved, and touching it could fault.
   std::uint64_t magic = 0;
-  if (::pread(fd->get(), &magic, sizeof magic, 0) != sizeof magic || magic == 0 || facts.bytes < kHeaderBytes) {
+  const ssize_t got = ::pread(fd->get(), &magic, sizeof magic, 0);
+  if (got < 0) throw system_error("pread", name, errno);
+  if (got != sizeof magic || magic == 0 || facts.bytes < kHeaderBytes) {
     throw Error(ErrorCode::kSegmentLost, "arena " + name + " is not ready: its creation was interrupted", ENOENT);
   }
   SegmentFile file(name, std::move(*fd));
