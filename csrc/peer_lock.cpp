@@ -48,7 +48,12 @@ void* pin_lock(UniqueFd fd, const std::string& control, Inheritance inheritance)
   if (file_facts(fd.get(), control).links == 0) throw gone(control);
   void* page = ::mmap(nullptr, page_bytes(), PROT_NONE, MAP_SHARED, fd.get(), 0);
   if (page == MAP_FAILED) throw system_error("mmap", control, errno);
-  if (inheritance == Inheritance::kThisProcess) ::madvise(page, page_bytes(), MADV_DONTFORK);
+  // Or a child would keep the lock of a parent that has died.
+  if (inheritance == Inheritance::kThisProcess && ::madvise(page, page_bytes(), MADV_DONTFORK) != 0) {
+    const int failure = errno;
+    ::munmap(page, page_bytes());
+    throw system_error("madvise", control, failure);
+  }
   return page;
 }
 
@@ -101,7 +106,10 @@ std::optional<ProbeLock> ProbeLock::try_take(SegmentFile& control, PeerSlot slot
 ProbeLock::~ProbeLock() {
   if (fd_ < 0) return;
   struct flock request = lock_request(F_UNLCK, slot_);
-  ::fcntl(fd_, F_OFD_SETLK, &request);
+  // The kernel may have no memory for it at this moment (ENOLCK), and a slot that stays locked would pass for a live
+  // peer. To close the descriptor would not help: the mapping of the control segment keeps its description.
+  constexpr int kMostAttempts = 1000;
+  for (int i = 0; i < kMostAttempts && ::fcntl(fd_, F_OFD_SETLK, &request) != 0; ++i) ::sched_yield();
 }
 
 bool is_alive(SegmentFile& control, PeerSlot slot) { return is_alive(control.fd(), control.name(), slot); }
