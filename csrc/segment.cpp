@@ -164,12 +164,17 @@ SegmentFile::~SegmentFile() {
 
 bool SegmentFile::still_ours() const {
   struct stat facts{};
+  errno = 0;
   return ::fstat(fd_.get(), &facts) == 0 && FileIdentity{facts.st_dev, facts.st_ino} == identity_;
 }
 
 int SegmentFile::fd() {
-  if (fd_.valid() && still_ours()) return fd_.get();
-  fd_.forget();
+  if (fd_.valid()) {
+    if (still_ours()) return fd_.get();
+    // Any other failure says nothing about whose the number is.
+    if (errno != 0 && errno != EBADF) throw system_error("fstat", name_, errno);
+    fd_.forget();
+  }
   auto again = open_segment(name_);
   if (!again || file_facts(again->get(), name_).identity != identity_) throw lost_name_error(name_);
   fd_ = std::move(*again);
@@ -299,8 +304,14 @@ std::vector<NamedSegments> list_arenas() {
   std::map<std::uint64_t, NamedSegments> found;
   const std::unique_ptr<DIR, int (*)(DIR*)> directory(::opendir(kDirectory), &::closedir);
   if (!directory) throw system_error("opendir", kDirectory, errno);
-  // The stream is this call's own.
-  while (const dirent* entry = ::readdir(directory.get())) {  // NOLINT(concurrency-mt-unsafe)
+  for (;;) {
+    // A list that ends early would pass for the whole: what it lacks would never be removed.
+    errno = 0;
+    const dirent* const entry = ::readdir(directory.get());  // NOLINT(concurrency-mt-unsafe): the stream is our own
+    if (entry == nullptr) {
+      if (errno != 0) throw system_error("readdir", kDirectory, errno);
+      break;
+    }
     const std::string file_name = entry->d_name;
     const auto arena = arena_of_name(file_name);
     if (!arena) continue;

@@ -95,6 +95,7 @@ class SegmentFile {
   void close();
 
  private:
+  // False with errno 0: the number leads to another file.
   [[nodiscard]] bool still_ours() const;
   std::string name_;
   UniqueFd fd_;
