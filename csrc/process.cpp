@@ -89,7 +89,10 @@ Process::Process() {
   if (page == MAP_FAILED) throw std::bad_alloc();
   ::madvise(page, static_cast<std::size_t>(::sysconf(_SC_PAGESIZE)), MADV_WIPEONFORK);
   joined = new (page) std::atomic<std::uint32_t>(1);
-  ::pthread_atfork(&before_fork, &after_fork_in_parent, &after_fork_in_child);
+  if (::pthread_atfork(&before_fork, &after_fork_in_parent, &after_fork_in_child) != 0) {
+    ::munmap(page, static_cast<std::size_t>(::sysconf(_SC_PAGESIZE)));
+    throw std::bad_alloc();
+  }
 }
 
 }  // namespace

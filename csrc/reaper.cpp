@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <new>
 
 #include "arena.hpp"
 #include "attachment.hpp"
@@ -74,9 +75,22 @@ std::vector<Removal>& removals() {
 }
 
 void note_removal(Removal removal) {
-  std::vector<Removal>& noted = removals();
-  if (noted.size() >= kNotedRemovals) noted.erase(noted.begin());
-  noted.push_back(std::move(removal));
+  try {
+    std::vector<Removal>& noted = removals();
+    if (noted.size() >= kNotedRemovals) noted.erase(noted.begin());
+    noted.push_back(std::move(removal));
+  } catch (const std::bad_alloc&) {
+    return;  // what is missing in a log is no failure of the removal
+  }
+}
+
+// None where there is no memory for the list: the next call, or the next reaper, does what is to be done.
+std::vector<std::shared_ptr<Attachment>> attachments_to_leave() noexcept {
+  try {
+    return all_attachments();
+  } catch (const std::bad_alloc&) {
+    return {};
+  }
 }
 
 std::uint64_t reserved_bytes(const ControlSegment& control) {
@@ -191,7 +205,7 @@ void reap_if_orphaned(Attachment& attachment) noexcept {
 }
 
 void detach_from_orphans() noexcept {
-  for (const auto& attachment : all_attachments()) {
+  for (const auto& attachment : attachments_to_leave()) {
     if (attachment->is_owner() || attachment->uses() != 0) continue;
     try {
       {
@@ -218,7 +232,11 @@ void leave(Attachment& attachment) noexcept {
     const bool owner = attachment.is_owner();
     // seq_cst: before the look at the holds in reap(), see reap_if_orphaned.
     if (owner) attachment.control().header().owner_left.store(1, std::memory_order_seq_cst);
-    (void)reap(attachment.control(), 0, Expiry::kTimeToLive);
+    try {
+      (void)reap(attachment.control(), 0, Expiry::kTimeToLive);
+    } catch (const std::exception&) {
+      // The arena is left to the next reaper, which may be one of this process: it is no member any more.
+    }
     {
       const std::lock_guard guard(probe_mutex());
       attachment.control().file().close();
@@ -232,7 +250,7 @@ void leave(Attachment& attachment) noexcept {
 }
 
 void leave_all() noexcept {
-  for (const auto& attachment : all_attachments()) {
+  for (const auto& attachment : attachments_to_leave()) {
     if (attachment->is_owner() || attachment->uses() == 0) leave(*attachment);
   }
 }
