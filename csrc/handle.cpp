@@ -70,6 +70,10 @@ void Handle::remember() {
 Handle Handle::load(const HandleState& state) {
   std::optional<Error> failure;
   Hold hold;
+  // Before the load: a message that is taken must not be lost for want of memory.
+  HandleState origin = state;
+  origin.message.reset();
+  TensorMeta meta = state.meta;
   if (state.reason != ErrorCode::kNone) {
     failure = carried(state);
   } else if (state.host != host_id()) {
@@ -81,15 +85,13 @@ Handle Handle::load(const HandleState& state) {
       failure = error;
     }
   }
-  HandleState origin = state;
-  origin.message.reset();
   if (failure) {
-    Handle lost(state.meta, std::move(*failure));
+    Handle lost(std::move(meta), std::move(*failure));
     lost.origin_ = std::move(origin);
     return lost;
   }
   require_inside(hold, state.meta);
-  Handle handle(state.meta, std::move(hold));
+  Handle handle(std::move(meta), std::move(hold));
   return handle;
 }
 
@@ -155,7 +157,14 @@ std::string Handle::to_bytes(Readers readers, std::optional<SentMessage>& sent) 
       state.reason = ErrorCode::kStaleHandle;
       break;
   }
-  return encode_handle(state);
+  try {
+    return encode_handle(state);
+  } catch (...) {
+    // No memory: there are no bytes that anybody could load.
+    if (state.message) drop_message(block.state, *state.message);
+    sent.reset();
+    throw;
+  }
 }
 
 bool discard(const HandleState& state) {
