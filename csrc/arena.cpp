@@ -71,8 +71,9 @@ std::shared_ptr<Arena> Arena::create(ArenaOptions options) {
   for (;;) {
     const ArenaId id{random_id()};
     std::unique_lock guard(attach_mutex());
+    const std::string name = control_name(id);
     auto control = ControlSegment::create(id, {options.capacity, to_ticks(options.ticket_ttl), options.group});
-    const std::string name = control.name();
+    std::shared_ptr<Attachment> attachment;
     try {
       // A reaper that came upon the name before it was locked has removed it: take another one.
       std::optional<PeerLock> lock;
@@ -86,7 +87,7 @@ std::shared_ptr<Arena> Arena::create(ArenaOptions options) {
       peer.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);  // informational
       peer.since.store(ticks_now(), std::memory_order_relaxed);
       control.publish();
-      auto attachment = std::make_shared<Attachment>(std::move(control), std::move(*lock), kOwnerSlot);
+      attachment = std::make_shared<Attachment>(std::move(control), std::move(*lock), kOwnerSlot);
       register_attachment(attachment);
       // Before the arena takes part in forks: its own lock comes before this one.
       guard.unlock();
@@ -98,7 +99,11 @@ std::shared_ptr<Arena> Arena::create(ArenaOptions options) {
       }
       return arena;
     } catch (...) {
-      unlink_segment(name);
+      if (attachment) {
+        leave(*attachment);
+      } else {
+        unlink_segment(name);
+      }
       throw;
     }
   }
@@ -274,37 +279,51 @@ bool Arena::retire_block(std::uint32_t index) {
 
 void Arena::free_block(std::uint32_t index) {
   Book& book = books_[index];
+  // First: without memory for the books the block stays what it is.
+  space_.give(book.range);
   lists_.remove(index);
   if (!book.key.empty()) keys_.erase(book.key);
   segments_[book.range.segment_slot].blocks.erase(book.range.offset);
-  space_.give(book.range);
   placed_ -= book.range.bytes;
   book = Book{};
   spare_entries_.push_back(index);
 }
 
+std::uint32_t Arena::enter_block(const Range& range) {
+  if (spare_entries_.empty()) {
+    const auto fresh = static_cast<std::uint32_t>(books_.size());
+    control().grow_table(fresh + 1);
+    // For all of them at once: a block that is freed then needs no memory.
+    if (spare_entries_.capacity() <= fresh) spare_entries_.reserve(2 * (std::size_t{fresh} + 1));
+    books_.emplace_back();
+    spare_entries_.push_back(fresh);
+  }
+  const std::uint32_t index = spare_entries_.back();
+  auto& blocks = segments_[range.segment_slot].blocks;
+  blocks.emplace(range.offset, index);
+  try {
+    lists_.add(index, range.bytes);
+  } catch (...) {
+    blocks.erase(range.offset);
+    throw;
+  }
+  spare_entries_.pop_back();
+  return index;
+}
+
 Allocation Arena::place_block(const Range& range) {
   std::uint32_t index = 0;
-  if (spare_entries_.empty()) {
-    index = static_cast<std::uint32_t>(books_.size());
-    try {
-      control().grow_table(index + 1);
-      books_.emplace_back();
-    } catch (...) {
-      space_.give(range);
-      throw;
-    }
-  } else {
-    index = spare_entries_.back();
-    spare_entries_.pop_back();
+  try {
+    index = enter_block(range);
+  } catch (...) {
+    space_.give(range);
+    throw;
   }
   Book& book = books_[index];
   book.live = true;
   book.range = range;
-  lists_.add(index, range.bytes);
   placed_ += range.bytes;
   peak_placed_ = std::max(peak_placed_, placed_);
-  segments_[range.segment_slot].blocks.emplace(range.offset, index);
   BlockPlace& place = entry(index).place;
   // relaxed: nobody has a handle of this block's generation yet, and handles travel through a channel that orders.
   place.offset.store(range.offset, std::memory_order_relaxed);
@@ -354,6 +373,8 @@ bool Arena::may_contain(const void* address) const {
 void Arena::drop_segment(std::uint32_t slot) {
   const std::lock_guard prepared(prepare_mutex_);
   Segment& segment = segments_[slot];
+  // First: where that fails, the segment stays what it is.
+  unlink_segment(data_name(control().arena(), segment.id));
   space_.forget_segment(slot);
   SegmentEntry& shared = control().header().segments[slot];
   // relaxed: ordered by the count.
@@ -362,7 +383,6 @@ void Arena::drop_segment(std::uint32_t slot) {
   shared.id.store(0, std::memory_order_relaxed);
   // release: peers unmap at their next call; nobody holds a block in it.
   control().header().trim_count.fetch_add(1, std::memory_order_release);
-  unlink_segment(data_name(control().arena(), segment.id));
   reserved_ -= segment.committed;
   segment = Segment{};
   attachment_->drop_dead_mappings();
@@ -458,10 +478,13 @@ std::optional<Arena::Keyed> Arena::find_key(const std::string& key) {
 void Arena::note_key(const std::string& key, const Hold& hold, std::string description) {
   const std::lock_guard guard(mutex_);
   const std::uint32_t index = value(hold.block());
-  if (const auto known = keys_.find(key); known != keys_.end()) books_[known->second].key.clear();
+  std::string noted = key;
+  // All that needs memory is done: a key is never in one of the two books only.
+  const auto [entry_of_key, fresh] = keys_.try_emplace(key, index);
+  if (!fresh) books_[entry_of_key->second].key.clear();
+  entry_of_key->second = index;
   if (!books_[index].key.empty()) keys_.erase(books_[index].key);
-  keys_[key] = index;
-  books_[index].key = key;
+  books_[index].key = std::move(noted);
   books_[index].description = std::move(description);
   entry(index).place.flags.fetch_or(kUnannounced, std::memory_order_relaxed);  // relaxed: read by this process
 }

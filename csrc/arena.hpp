@@ -155,6 +155,8 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   [[nodiscard]] bool may_reuse(std::uint32_t index, Reuse reuse, Ticks now) const;
   bool retire_block(std::uint32_t index);
   void free_block(std::uint32_t index);
+  // Enters a block in all the books, or in none.
+  [[nodiscard]] std::uint32_t enter_block(const Range& range);
   [[nodiscard]] Allocation place_block(const Range& range);
   [[nodiscard]] Allocation hand_out(std::uint32_t index);
   // Where so many bytes can be had behind the reserved part of a segment, and how many of them are free there already.

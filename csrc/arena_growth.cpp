@@ -101,7 +101,6 @@ void Arena::commit(std::uint32_t slot, std::uint64_t bytes) {
     reserve_segment(fd->get(), file_name, segment.committed, ByteCount{step});
   }
   prefault_new(segment.base + segment.committed, step);
-  reserved_ += step;
   enter(slot, step);
 }
 
@@ -110,6 +109,7 @@ void Arena::enter(std::uint32_t slot, std::uint64_t bytes) {
   Segment& segment = segments_[slot];
   space_.give({slot, segment.committed, bytes});
   segment.committed += bytes;
+  reserved_ += bytes;
   peak_reserved_ = std::max(peak_reserved_, reserved_);
   // release: peers that read it may touch that many bytes.
   control().header().segments[slot].committed.store(segment.committed, std::memory_order_release);
@@ -121,8 +121,8 @@ void Arena::want_growth() {
   if (!grower_) {
     try {
       grower_ = std::make_unique<Grower>([this] { return grow_ahead(); });
-    } catch (const std::system_error&) {
-      return;  // no thread to be had: requests go on growing the arena themselves
+    } catch (const std::exception&) {
+      return;  // no thread or no memory to be had: requests go on growing the arena themselves
     }
   }
   grower_->wake();
@@ -156,15 +156,13 @@ bool Arena::grow_ahead() noexcept {
         reserve_segment(fd->get(), file_name, offset, ByteCount{bytes});
         reserved = true;
       }
-    } catch (const Error&) {
+    } catch (const std::exception&) {
       // A request that needs the bytes will say what is wrong.
       reserved = false;
     }
     guard.lock();
-    if (!reserved || closed()) {
-      reserved_ -= bytes;
-      return false;
-    }
+    reserved_ -= bytes;
+    if (!reserved || closed()) return false;
     enter(slot, bytes);
     const std::lock_guard preparing(prepare_mutex_);
     guard.unlock();

@@ -3,25 +3,44 @@
 #include <algorithm>
 #include <bit>
 #include <iterator>
+#include <utility>
 
 namespace shmx {
 
-void FreeSpace::insert(std::uint32_t slot, std::uint64_t offset, std::uint64_t bytes) {
-  segments_[slot].emplace(offset, bytes);
-  by_size_.emplace(bytes, slot, offset);
+FreeSpace::Entries FreeSpace::new_entries() {
+  Segment range;
+  range.emplace(0, 0);
+  Sizes size;
+  size.emplace(0, 0, 0);
+  return {range.extract(range.begin()), size.extract(size.begin())};
 }
 
-void FreeSpace::erase(std::uint32_t slot, Segment::iterator range) {
-  by_size_.erase({range->second, slot, range->first});
-  segments_[slot].erase(range);
+void FreeSpace::insert(Segment& segment, std::uint32_t slot, std::uint64_t offset, std::uint64_t bytes,
+                       Entries entries) {
+  entries.range.key() = offset;
+  entries.range.mapped() = bytes;
+  segment.insert(std::move(entries.range));
+  entries.size.value() = {bytes, slot, offset};
+  by_size_.insert(std::move(entries.size));
+}
+
+FreeSpace::Entries FreeSpace::erase(Segment& segment, std::uint32_t slot, Segment::iterator range) {
+  auto size = by_size_.extract({range->second, slot, range->first});
+  return {segment.extract(range), std::move(size)};
 }
 
 std::optional<Range> FreeSpace::take(ByteCount bytes) {
   const auto fit = by_size_.lower_bound({value(bytes), 0, 0});
   if (fit == by_size_.end()) return std::nullopt;
   const auto [size, slot, offset] = *fit;
-  erase(slot, segments_[slot].find(offset));
-  if (size > value(bytes)) insert(slot, offset + value(bytes), size - value(bytes));
+  if (size > value(bytes) && spare_.range.empty()) spare_ = new_entries();
+  Segment& segment = segments_[slot];
+  Entries entries = erase(segment, slot, segment.find(offset));
+  if (size > value(bytes)) {
+    insert(segment, slot, offset + value(bytes), size - value(bytes), std::move(entries));
+  } else {
+    spare_ = std::move(entries);
+  }
   return Range{slot, offset, value(bytes)};
 }
 
@@ -29,19 +48,20 @@ void FreeSpace::give(const Range& range) {
   std::uint64_t offset = range.offset;
   std::uint64_t bytes = range.bytes;
   Segment& segment = segments_[range.segment_slot];
+  if (spare_.range.empty()) spare_ = new_entries();
   if (const auto next = segment.find(offset + bytes); next != segment.end()) {
     bytes += next->second;
-    erase(range.segment_slot, next);
+    erase(segment, range.segment_slot, next);
   }
   if (const auto after = segment.lower_bound(offset); after != segment.begin()) {
     const auto previous = std::prev(after);
     if (previous->first + previous->second == offset) {
       offset = previous->first;
       bytes += previous->second;
-      erase(range.segment_slot, previous);
+      erase(segment, range.segment_slot, previous);
     }
   }
-  insert(range.segment_slot, offset, bytes);
+  insert(segment, range.segment_slot, offset, bytes, std::exchange(spare_, {}));
 }
 
 std::uint64_t FreeSpace::free_before(std::uint32_t segment_slot, std::uint64_t end) const {

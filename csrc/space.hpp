@@ -20,6 +20,8 @@ struct Range {
 
 class FreeSpace {
  public:
+  // Without memory for the books take() and give() throw std::bad_alloc and have changed nothing; the give() after a
+  // take() never does.
   // Takes `bytes` from the smallest range that holds them.
   [[nodiscard]] std::optional<Range> take(ByteCount bytes);
   // Gives bytes back, or adds new ones; joins them with free neighbours.
@@ -32,11 +34,19 @@ class FreeSpace {
   [[nodiscard]] std::uint64_t largest() const;
 
  private:
-  using Segment = std::map<std::uint64_t, std::uint64_t>;  // offset -> bytes
-  void insert(std::uint32_t slot, std::uint64_t offset, std::uint64_t bytes);
-  void erase(std::uint32_t slot, Segment::iterator range);
+  using Segment = std::map<std::uint64_t, std::uint64_t>;                           // offset -> bytes
+  using Sizes = std::set<std::tuple<std::uint64_t, std::uint32_t, std::uint64_t>>;  // bytes, slot, offset
+  // The entries of one range, out of the books.
+  struct Entries {
+    Segment::node_type range;
+    Sizes::node_type size;
+  };
+  [[nodiscard]] static Entries new_entries();
+  void insert(Segment& segment, std::uint32_t slot, std::uint64_t offset, std::uint64_t bytes, Entries entries);
+  Entries erase(Segment& segment, std::uint32_t slot, Segment::iterator range);
   std::map<std::uint32_t, Segment> segments_;
-  std::set<std::tuple<std::uint64_t, std::uint32_t, std::uint64_t>> by_size_;  // bytes, slot, offset
+  Sizes by_size_;
+  Entries spare_;  // for the next give()
 };
 
 // The size of the block for a tensor of so many bytes: a step of at most 1/16, so that blocks of similar
