@@ -2,9 +2,9 @@
 // and what others find after each kill is checked.
 //
 // Points are: the beginning and the end of every system call ("calls"); every instruction of the core after which the
-// shared bytes are others than before ("changes": between two system calls a kill leaves nothing but those bytes and the
-// locks, so these stand for all instructions); and instructions as such ("instructions": a sample with a random offset,
-// or with SHMX_LONG=1 all of them up to kAllUpTo an operation).
+// shared bytes are others than before ("changes": between two system calls a kill leaves nothing but those bytes and
+// the locks, so these stand for all instructions); and instructions as such ("instructions": a sample with a random
+// offset, or with SHMX_LONG=1 all of them up to kAllUpTo an operation).
 #include <sched.h>
 #include <unistd.h>
 

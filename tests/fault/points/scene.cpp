@@ -14,6 +14,7 @@
 
 #include "copy.hpp"
 #include "failing_new.hpp"
+#include "peer_lock.hpp"
 #include "process.hpp"
 #include "reaper.hpp"
 #include "shared_state.hpp"
@@ -51,7 +52,12 @@ Handle publish(Arena& arena, std::uint64_t bytes, int content) {
 
 HandleState announce(const Handle& handle, Readers readers) {
   std::optional<SentMessage> sent;
-  return decode_handle(handle.to_bytes(readers, sent));
+  try {
+    return decode_handle(handle.to_bytes(readers, sent));
+  } catch (...) {
+    if (sent) sent->take_back();
+    throw;
+  }
 }
 
 void expect_content(const Handle& handle, int content, const char* whose) {
@@ -86,15 +92,23 @@ void make_messages_old(ControlSegment& control) {
   }
 }
 
+// A child that has failed is reported with its own message.
+void tell(Child& child, std::uint64_t word) {
+  try {
+    child.say(word);
+  } catch (const std::exception&) {
+    child.join();
+    throw;
+  }
+}
+
 // ---- the operations
 
 void nothing(Stage& /*stage*/) {}
 
 void publish_one(Stage& stage) { stage.handles.push_back(publish(*stage.arena, kTensor, kOwn)); }
 
-void publish_and_release(Stage& stage) {
-  const Handle released = publish(*stage.arena, kTensor, kOwn);
-}
+void publish_and_release(Stage& stage) { const Handle released = publish(*stage.arena, kTensor, kOwn); }
 
 void leave_room_of_another_size(Stage& stage) {
   fill_arena(stage, 32U << 10);
@@ -158,8 +172,8 @@ void end_arena(Stage& stage) {
 void load_next(Stage& stage) {
   Handle loaded = Handle::load(stage.messages.back());
   (void)loaded.require();
-  expect_content(loaded, kExtra, "a load");
   stage.handles.push_back(std::move(loaded));
+  expect_content(stage.handles.back(), kExtra, "a load");
 }
 
 void load_one(Stage& stage) {
@@ -196,25 +210,41 @@ void hold_the_last(Stage& stage) {
 // ---- what is counted
 
 std::uint64_t performer_fails_at = 0;
+// The process is forked, from one that has a heap.
+std::uint64_t heap_at_start = 0;
 
-Possessions possessions() {
+Possessions possessions(const Stage* stage) {
   Possessions has{};
   for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) ++has.descriptors;
   std::ifstream maps("/proc/self/maps");
   for (std::string line; std::getline(maps, line);) has.mappings += line.find("/dev/shm/shmx-") != std::string::npos;
-  has.names = names_in_shm().size();
-  has.heap = ::mallinfo2().uordblks;
+  has.heap = ::mallinfo2().uordblks - heap_at_start;
+  if (stage == nullptr) return has;
+  has.loads = stage->handles.size();
+  for (const NamedSegments& arena : list_arenas()) {
+    std::optional<ControlSegment> control;
+    try {
+      control = ControlSegment::open(arena.arena);
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kSegmentLost) throw;
+    }
+    for (std::uint32_t i = 0; control && i < control->block_count(); ++i) {
+      for (const auto& cell : control->block(BlockIndex{i}).state.cells) {
+        has.loads += MessageCell::unpack(cell.load()).remaining;
+      }
+    }
+  }
   return has;
 }
 
-void say_possessions(Line& line) {
-  const Possessions has = possessions();
-  for (const std::uint64_t word : {has.descriptors, has.mappings, has.names, has.heap}) line.say(word);
+void say_possessions(Line& line, const Stage* stage = nullptr) {
+  const Possessions has = possessions(stage);
+  for (const std::uint64_t word : {has.descriptors, has.mappings, has.loads, has.heap}) line.say(word);
 }
 
 Possessions hear_possessions_from(Child& child) {
   Possessions has{};
-  for (std::uint64_t* word : {&has.descriptors, &has.mappings, &has.names, &has.heap}) *word = child.hear();
+  for (std::uint64_t* word : {&has.descriptors, &has.mappings, &has.loads, &has.heap}) *word = child.hear();
   return has;
 }
 
@@ -240,6 +270,7 @@ void perform_between_markers(const Operation& operation, Stage& stage, Line& lin
   (void)line.hear();
   // So that what the operation allocates is its own.
   stage.handles.reserve(stage.handles.size() + 2);
+  say_possessions(line, &stage);
   enter_trace();
   count_allocations(performer_fails_at);
   const Outcome outcome = attempt(operation, stage);
@@ -250,7 +281,7 @@ void perform_between_markers(const Operation& operation, Stage& stage, Line& lin
   line.say(static_cast<std::uint64_t>(outcome.system_errno));
   line.say(made);
   line.say_text(outcome.text);
-  say_possessions(line);
+  say_possessions(line, &stage);
   if (outcome.kind == Outcome::Kind::kDone) return;
   const Outcome again = attempt(operation, stage);
   if (again.kind != Outcome::Kind::kDone) throw std::runtime_error("it fails again, without a failure: " + again.text);
@@ -278,13 +309,19 @@ void go_on_as_owner(Arena& arena, Line& line) {
 
 void be_owner(const Operation& operation, Line& line) {
   const bool performs = operation.performer == Performer::kOwner;
+  heap_at_start = ::mallinfo2().uordblks;
   Stage stage;
   stage.arena = Arena::create(options());
   for (const int content : {kHeld, kFirst, kSecond, kExtra, kExtra}) {
     send_to(line, announce(publish(*stage.arena, kTensor, content), exactly(1)));
   }
-  (void)line.hear();
-  if (performs) perform_between_markers(operation, stage, line);
+  // What is on its way keeps an arena.
+  if (operation.alone && operation.performer != Performer::kPeer) drop_messages(*stage.arena);
+  if (operation.orphaned) line.say(1);
+  if (performs) {
+    (void)line.hear();
+    perform_between_markers(operation, stage, line);
+  }
   stage.handles.clear();
   if (stage.arena) go_on_as_owner(*stage.arena, line);
   stage.arena.reset();
@@ -293,6 +330,7 @@ void be_owner(const Operation& operation, Line& line) {
 }
 
 void be_performer(const Operation& operation, Line& line) {
+  heap_at_start = ::mallinfo2().uordblks;
   Stage stage;
   stage.messages.push_back(receive_from(line));
   stage.messages.push_back(receive_from(line));
@@ -319,10 +357,17 @@ void be_survivor(Line& line) {
   leave_all();
 }
 
-void be_fresh(bool alone, Line& line) {
+void be_fresh(bool alone, unsigned peers, Line& line) {
   if (!alone) {
     const Handle second = load_expecting(receive_from(line), kSecond, "the message to the fresh process");
     const Handle forwarded = load_expecting(receive_from(line), kHeld, "what the survivor forwarded");
+    ControlSegment& control = second.require().attachment().control();
+    unsigned alive = 0;
+    for (std::uint32_t slot = 0; slot < kMaxPeers; ++slot) alive += is_alive(control.file(), PeerSlot{slot}) ? 1 : 0;
+    if (alive != peers) {
+      throw std::runtime_error("rule 6: " + std::to_string(alive) + " peer slots are taken, not " +
+                               std::to_string(peers));
+    }
   }
   {
     const auto arena = Arena::create(options());
@@ -430,7 +475,7 @@ Scene::Scene(const Operation& operation) : operation_(operation), bytes_before_(
   }
   if (operation.performer == Performer::kOwner) {
     performer_ = owner_.get();
-    performer_->say(1);
+    tell(*performer_, 1);
   } else {
     peer_ = std::make_unique<Child>([&operation](Line& line) { be_performer(operation, line); });
     performer_ = peer_.get();
@@ -438,10 +483,12 @@ Scene::Scene(const Operation& operation) : operation_(operation), bytes_before_(
   }
   (void)performer_->hear();
   if (operation.orphaned) {
+    (void)owner_->hear();
     owner_->kill();
     owner_.reset();
   }
-  performer_->say(1);
+  tell(*performer_, 1);
+  before_ = hear_possessions_from(*performer_);
 }
 
 void Scene::start_owner() {
@@ -459,7 +506,7 @@ void Scene::check_after_kill() {
 
 void Scene::check(bool owner_alive) {
   if (owner_alive) {
-    owner_->say(1);
+    tell(*owner_, 1);
     const std::uint64_t held = owner_->hear();
     const std::uint64_t peers = owner_->hear();
     // The block of the survivor, and nobody else's.
@@ -468,31 +515,31 @@ void Scene::check(bool owner_alive) {
                                " peers, 1 by 1 was expected");
     }
   }
-  Child fresh([alone = operation_.alone](Line& line) { be_fresh(alone, line); });
+  Child fresh([alone = operation_.alone, peers = owner_alive ? 3U : 2U](Line& line) { be_fresh(alone, peers, line); });
   if (survivor_) {
     send_to(survivor_->line(), first_);
     send_to(fresh.line(), second_);
     fresh.line().say_text(survivor_->hear_text());
-    survivor_->say(owner_alive ? 1 : 0);
+    tell(*survivor_, owner_alive ? 1 : 0);
     if (owner_alive) {
-      owner_->say(1);
+      tell(*owner_, 1);
       survivor_->line().say_text(owner_->hear_text());
     }
   }
   (void)fresh.hear();
   if (survivor_) {
-    survivor_->say(1);
+    tell(*survivor_, 1);
     survivor_->join();
   }
   if (owner_alive) {
-    owner_->say(1);
+    tell(*owner_, 1);
     if (owner_.get() == performer_) {
       hear_end_of_performer();
     } else {
       owner_->join();
     }
   }
-  fresh.say(1);
+  tell(fresh, 1);
   fresh.join();
 }
 

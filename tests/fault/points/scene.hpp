@@ -17,8 +17,8 @@ namespace shmx::test {
 
 // What the process that performs an operation has at hand.
 struct Stage {
-  std::shared_ptr<Arena> arena;         // the owner's
-  std::vector<HandleState> messages;    // for a peer to load
+  std::shared_ptr<Arena> arena;       // the owner's
+  std::vector<HandleState> messages;  // for a peer to load
   std::vector<Handle> handles;
 };
 
@@ -39,7 +39,7 @@ struct Operation {
 struct Possessions {
   std::uint64_t descriptors;
   std::uint64_t mappings;  // of segments
-  std::uint64_t names;     // in /dev/shm, of whomever
+  std::uint64_t loads;     // that messages announce, of all arenas, and its own handles
   std::uint64_t heap;      // bytes
 };
 
@@ -65,6 +65,7 @@ class Scene {
 
   // The performer goes on after leave_trace(): what it says, in this order.
   [[nodiscard]] Outcome hear_outcome();
+  [[nodiscard]] const Possessions& before() const { return before_; }
   // It has performed the operation again, if that had failed, and gives everything back like everybody else. Throws
   // what rule is broken. Answers what it has at the end.
   [[nodiscard]] Possessions check_after_return();
@@ -85,6 +86,7 @@ class Scene {
   HandleState first_;
   HandleState second_;
   std::vector<HandleState> extra_;
+  Possessions before_{};
   std::optional<Possessions> end_;
 };
 

@@ -2,6 +2,7 @@
 
 #include <elf.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <link.h>
 #include <signal.h>
 #include <sys/ptrace.h>
@@ -61,6 +62,24 @@ const Text& program_text() {
   return text;
 }
 
+std::uint64_t memory_word(pid_t pid, std::uint64_t address) {
+  errno = 0;
+  const long word = ::ptrace(PTRACE_PEEKDATA, pid, address, nullptr);
+  if (errno != 0) fail("PTRACE_PEEKDATA");
+  return static_cast<std::uint64_t>(word);
+}
+
+std::string memory_text(pid_t pid, std::uint64_t address) {
+  std::string text;
+  for (;; address += sizeof address) {
+    const std::uint64_t word = memory_word(pid, address);
+    char bytes[sizeof word];
+    std::memcpy(bytes, &word, sizeof word);
+    text.append(bytes, ::strnlen(bytes, sizeof bytes));
+    if (text.size() % sizeof bytes != 0 || bytes[0] == 0) return text;
+  }
+}
+
 #if defined(__x86_64__)
 
 std::uint64_t user_word(pid_t pid, std::size_t offset) {
@@ -72,13 +91,6 @@ std::uint64_t user_word(pid_t pid, std::size_t offset) {
 
 void set_user_word(pid_t pid, std::size_t offset, std::uint64_t word) {
   if (::ptrace(PTRACE_POKEUSER, pid, offset, word) != 0) fail("PTRACE_POKEUSER");
-}
-
-std::uint64_t memory_word(pid_t pid, std::uint64_t address) {
-  errno = 0;
-  const long word = ::ptrace(PTRACE_PEEKDATA, pid, address, nullptr);
-  if (errno != 0) fail("PTRACE_PEEKDATA");
-  return static_cast<std::uint64_t>(word);
 }
 
 void set_memory_word(pid_t pid, std::uint64_t address, std::uint64_t word) {
@@ -131,8 +143,13 @@ bool Tracee::next_call_stop() {
   }
   call_.reset();
   if (info.op == PTRACE_SYSCALL_INFO_ENTRY) {
-    call_.emplace(Call{info.entry.nr, {}});
+    call_.emplace(Call{info.entry.nr, {}, false, {}});
     std::memcpy(call_->arguments, info.entry.args, sizeof call_->arguments);
+    if (call_->number == SYS_openat) call_->path = memory_text(pid_, call_->arguments[1]);
+    if (call_->number == SYS_fcntl && call_->arguments[1] == F_OFD_SETLK) {
+      const auto type = static_cast<short>(memory_word(pid_, call_->arguments[2]));  // the first field
+      call_->takes_lock = type == F_WRLCK;
+    }
   }
   return true;
 }
@@ -143,7 +160,8 @@ bool can_step() { return true; }
 
 void Tracee::fail_call(int system_errno) {
   if (!call_) throw std::logic_error("not at the beginning of a call");
-  if (call_->number != SYS_close) set_user_word(pid_, kCallNumber, UINT64_MAX);
+  const bool done = call_->number == SYS_close || (call_->number == SYS_unlink && system_errno == ENOENT);
+  if (!done) set_user_word(pid_, kCallNumber, UINT64_MAX);
   if (!next_call_stop()) throw std::runtime_error("a call without an end");
   set_user_word(pid_, kResult, static_cast<std::uint64_t>(-static_cast<std::int64_t>(system_errno)));
 }

@@ -24,6 +24,8 @@ void leave_trace();
 struct Call {
   std::uint64_t number;  // of the system call
   std::uint64_t arguments[6];
+  bool takes_lock;   // of fcntl: its request is F_WRLCK
+  std::string path;  // of openat
 };
 
 class Tracee {
@@ -36,7 +38,8 @@ class Tracee {
   [[nodiscard]] bool next_call_stop();
   // The call at whose beginning the child stands; nothing at an end.
   [[nodiscard]] const std::optional<Call>& call() const { return call_; }
-  // At the beginning of a call: it fails and does nothing, but for close(), which Linux never refuses to do.
+  // At the beginning of a call: it fails and does nothing, but for close(), which Linux never refuses to do, and
+  // unlink() with ENOENT, where somebody else has done it.
   void fail_call(int system_errno);
 
   // To the next instruction of the core. False: leave_trace() came first. `after_foreign` is told whenever other code
@@ -53,7 +56,6 @@ class Tracee {
   [[nodiscard]] bool run_to(std::uint64_t address);
 
   pid_t pid_;
-  bool in_call_ = false;
   std::optional<Call> call_;
 };
 
