@@ -94,6 +94,7 @@ bool Attachment::usable() const {
 void Attachment::require_usable() const {
   if (usable()) return;
   if (left_out_of_fork_.load(std::memory_order_relaxed)) {
+    if (fork_failure_) throw Error(*fork_failure_);
     throw Error(ErrorCode::kTooManyPeers,
                 "arena " + control_.name() +
                     " had no free peer slot when this process was forked, so it did not "
@@ -382,6 +383,7 @@ void Attachment::prepare_fork() noexcept {
   fork_plan_ = ForkPlan::kNone;
   if (!usable() || uses_.load(std::memory_order_relaxed) == 0) return;
   fork_plan_ = ForkPlan::kLeftOut;
+  fork_failure_.reset();
   try {
     if (auto seat = PeerLock::take_any(control_.name(), control_.identity(), Inheritance::kNextFork)) {
       child_lock_ = std::move(seat->first);
@@ -394,9 +396,15 @@ void Attachment::prepare_fork() noexcept {
       fork_plan_ = ForkPlan::kJoins;
       return;
     }
-  } catch (const std::exception&) {
+  } catch (const Error& error) {
     // fork has no way to fail on our behalf: the child is left out and says so when it is asked.
     child_lock_.release();
+    fork_failure_.emplace(error.code(),
+                          "arena " + control_.name() +
+                              " could not be joined when this process was forked, so it did not inherit its parent's "
+                              "tensors: " +
+                              error.what(),
+                          error.system_errno());
   }
   // Better a fault in the child than bytes that the owner has reused meanwhile.
   for (std::uint32_t slot = 0; slot < kMaxSegments; ++slot) {

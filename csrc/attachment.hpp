@@ -173,6 +173,7 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   ForkPlan fork_plan_ = ForkPlan::kNone;
   PeerLock child_lock_;
   PeerSlot child_slot_{};
+  std::optional<Error> fork_failure_;  // why the child is left out, if not for want of a slot
 };
 
 }  // namespace shmx

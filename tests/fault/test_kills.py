@@ -13,11 +13,9 @@ from tests.children import Children
 from tests.fault.workers import zygote
 
 
-def _kill_and_replace(
-    children: Children, folder: Path, *, slots: int, kills: int, seed: int, pause_s: float
-) -> dict[str, Any]:
+def _kill_and_replace(children: Children, folder: Path, *, slots: int, kills: int, seed: int) -> dict[str, Any]:
     began = time.monotonic()
-    child = children.start(zygote, folder, slots, kills, seed, pause_s)
+    child = children.start(zygote, folder, slots, kills, seed)
     while (message := child.receive())[0] == "kills":
         pass
     counts = message[1]
@@ -25,6 +23,7 @@ def _kill_and_replace(
     complaints = counts.pop("complaints")
     print(f"seed {seed}, {slots} workers, {time.monotonic() - began:.0f} s: {counts}, {len(complaints)} complaints")
     assert not complaints, complaints[:5]
+    assert counts["expired"] == 0
     return counts
 
 
@@ -37,7 +36,7 @@ def _nothing_is_left(segments) -> None:
 
 
 def test_random_kills_corrupt_nothing_lose_no_announced_load_and_leave_nothing(children, segments, tmp_path):
-    counts = _kill_and_replace(children, tmp_path, slots=6, kills=200, seed=1, pause_s=0.004)
+    counts = _kill_and_replace(children, tmp_path, slots=6, kills=200, seed=1)
     assert counts["kills"] >= 200
     assert counts["loaded"] > 1000
     _nothing_is_left(segments)
@@ -49,6 +48,6 @@ def test_random_kills_corrupt_nothing_lose_no_announced_load_and_leave_nothing(c
 def test_ten_thousand_random_kills_corrupt_nothing_lose_no_announced_load_and_leave_nothing(
     children, segments, tmp_path, slots, seed
 ):
-    counts = _kill_and_replace(children, tmp_path, slots=slots, kills=5_000, seed=seed, pause_s=0.008)
+    counts = _kill_and_replace(children, tmp_path, slots=slots, kills=5_000, seed=seed)
     assert counts["loaded"] > 50_000
     _nothing_is_left(segments)

@@ -27,8 +27,9 @@ import shmx
 
 CAPACITIES = (16 << 20, 64 << 20)  # the larger one has a thread that grows it ahead of need
 # What a worker has received is lost with it. Its block, and with it a dead producer's arena, waits for so long.
-TTL_S = 20.0
+TTL_S = 60.0
 BOUND_S = 60.0
+STEPS_PER_KILL, LONGEST_PAUSE_S = 80, 0.5
 MEMFD = os.environ.get("SHMX_BACKEND") == "memfd"
 
 COUNTS = ("steps", "published", "loaded", "forwarded", "forked", "exited", "full", "stale", "expired", "ownerless")
@@ -285,8 +286,8 @@ class Scene:
 class Killer:
     """The zygote's own part."""
 
-    def __init__(self, scene: Scene, seed: int, mean_pause_s: float) -> None:
-        self.scene, self.pause = scene, 2 * mean_pause_s
+    def __init__(self, scene: Scene, seed: int) -> None:
+        self.scene = scene
         self.random = random.Random(seed)
         self.kills = 0
         self.workers: dict[int, int] = {}  # slot by process id
@@ -303,6 +304,14 @@ class Killer:
                 if (slot_of_worker := self.workers.pop(pid, None)) is not None:
                     self._start(slot_of_worker)
 
+    def _pause(self) -> None:
+        """Until the workers have made a random number of steps: on a busy machine they need longer to get anywhere."""
+        target = self.scene.tally.total("steps") + self.random.randint(0, STEPS_PER_KILL)
+        deadline = time.monotonic() + LONGEST_PAUSE_S
+        while self.scene.tally.total("steps") < target and time.monotonic() < deadline:
+            time.sleep(self.random.uniform(0, 0.002))
+            self._reap()
+
     def _kill_one(self) -> None:
         victim = self.random.choice(list(self.workers))
         child = self.scene.tally.child(self.workers[victim])
@@ -318,7 +327,7 @@ class Killer:
         for slot in range(self.scene.slots):
             self._start(slot)
         while self.kills < kills:
-            time.sleep(self.random.uniform(0, self.pause))  # the random moment, not a wait for anything
+            self._pause()
             self._kill_one()
             self._reap()
             if self.kills % 100 == 0:
@@ -347,12 +356,12 @@ class Killer:
         os.waitpid(self.scene.start(0, self.random.getrandbits(32), drain=True), 0)
 
 
-def zygote(connection: Any, folder: Path, slots: int, kills: int, seed: int, mean_pause_s: float) -> dict[str, Any]:
+def zygote(connection: Any, folder: Path, slots: int, kills: int, seed: int) -> dict[str, Any]:
     """Kill that many workers; sends the number of kills now and then, and answers counts and complaints."""
     torch.set_num_threads(1)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     scene = Scene(folder, slots)
-    killer = Killer(scene, seed, mean_pause_s)
+    killer = Killer(scene, seed)
     for number in killer.run(kills):
         connection.send(("kills", number))
     killer.require_progress()
