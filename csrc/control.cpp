@@ -74,7 +74,8 @@ std::optional<ControlSegment> ControlSegment::open(ArenaId arena) {
                                                "; run the same shmx version in all processes");
   }
   if (magic != kMagic || facts.bytes != kControlBytes || header.arena_id != value(arena) ||
-      header.header_bytes != kHeaderBytes || header.max_blocks != kMaxBlocks) {
+      header.header_bytes != kHeaderBytes || header.max_blocks != kMaxBlocks ||
+      header.lifecycle.load(std::memory_order_relaxed) > Lifecycle::kGone) {
     throw Error(ErrorCode::kInvalidHandle,
                 "arena " + name +
                     " is damaged: its control segment was cut or overwritten by something other "

@@ -31,8 +31,14 @@ bool all_blocks_idle(const ControlSegment& control) {
 // The reuse protocol for the whole arena: close, look again, commit. A load in between undoes the closing.
 bool close_arena(ControlSegment& control) {
   std::atomic<Lifecycle>& lifecycle = control.header().lifecycle;
+  const Lifecycle seen = lifecycle.load(std::memory_order_seq_cst);
   // A reaper before us was killed between the decision and the last name.
-  if (lifecycle.load(std::memory_order_seq_cst) == Lifecycle::kGone) return true;
+  if (seen == Lifecycle::kGone) return true;
+  // No closing would ever succeed, and reap() would try for ever.
+  if (seen > Lifecycle::kGone) {
+    throw Error(ErrorCode::kInvalidHandle,
+                "arena " + control.name() + " is damaged: its lifecycle is none; remove its files from /dev/shm");
+  }
   if (!all_blocks_idle(control)) return false;
   Lifecycle expected = Lifecycle::kOpen;
   // Left at closing by a reaper that was killed: go on from there.

@@ -61,6 +61,7 @@ TEST_CASE("a header that is not of this layout is refused") {
   SUBCASE("another arena's") { header.arena_id = 1; }
   SUBCASE("another block table") { header.header_bytes = kHeaderBytes / 2; }
   SUBCASE("another size of the block table") { header.max_blocks = kMaxBlocks + 1; }
+  SUBCASE("a lifecycle that is none") { header.lifecycle.store(Lifecycle{3}); }
   scratch.control.publish();
   SUBCASE("another magic") { header.magic.store(kMagic + 1); }
   CHECK(code_of_open(scratch.arena) == ErrorCode::kInvalidHandle);

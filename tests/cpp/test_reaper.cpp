@@ -295,6 +295,19 @@ TEST_CASE("rule 7: a closing that a killed reaper has left is completed") {
   CHECK(reap(control, 0, Expiry::kTimeToLive) == Reaped::kRemoved);
 }
 
+TEST_CASE("a reaper does not try for ever where the lifecycle was overwritten, before it opens the arena or after") {
+  const HandleState state = orphan(0);
+  ControlSegment control = *ControlSegment::open(state.arena);
+  control.header().lifecycle.store(Lifecycle{77});
+  CHECK(code_of([&] { return reap(control, 0, Expiry::kNow); }) == ErrorCode::kInvalidHandle);
+  for (const ReapReport& report : reap_all(Expiry::kNow)) {
+    if (report.name == control_name(state.arena)) CHECK(report.outcome == Reaped::kNotOurs);
+  }
+  CHECK(name_exists(control_name(state.arena)));
+  control.header().lifecycle.store(Lifecycle::kOpen);
+  remove_orphan(state.arena);
+}
+
 TEST_CASE("rule 2: a closing that a killed reaper has left does not cost a message") {
   const HandleState state = orphan(1);
   ControlSegment control = *ControlSegment::open(state.arena);
