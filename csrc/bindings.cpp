@@ -271,6 +271,11 @@ class ReadersContext {
     return static_cast<std::uint32_t>(count);
   }
 
+  static std::optional<std::uint32_t> current_count() {
+    const ReadersContext* context = current();
+    return context == nullptr ? std::nullopt : std::optional(context->count());
+  }
+
   static ReadersContext* current() {
     PyObject* value = nullptr;
     if (PyContextVar_Get(variable(), nullptr, &value) != 0) throw py::error_already_set();
@@ -337,6 +342,7 @@ class SharedTensor {
     // Asked for only where its count or its notes are wanted: looking it up is most of the cost of this call.
     ReadersContext* context = count ? nullptr : ReadersContext::current();
     if (!count) count = bound_readers_;
+    if (!count && whole_) count = whole_.cast<const SharedTensor&>().bound_readers_;
     if (!count && context != nullptr) count = context->count();
     if (count) readers = {*count, true};
     std::optional<SentMessage> sent;
@@ -747,7 +753,12 @@ std::optional<SharedTensor> arena_try_share(Arena& arena, const py::object& tens
   }
 }
 
-std::vector<SharedTensor> arena_share_many(Arena& arena, const py::iterable& tensors, std::optional<double> timeout) {
+std::vector<SharedTensor> arena_share_many(Arena& arena, const py::iterable& tensors, std::optional<double> timeout,
+                                           const std::optional<py::int_>& readers) {
+  const auto bound = [&readers](SharedTensor shared) {
+    return readers ? shared.with_readers(*readers) : std::move(shared);
+  };
+  if (readers) ReadersContext::checked(*readers);
   std::vector<Source> sources;
   for (const py::handle tensor : tensors) sources.push_back(inspect(py::reinterpret_borrow<py::object>(tensor)));
   std::vector<std::optional<SharedTensor>> in_place(sources.size());
@@ -766,7 +777,7 @@ std::vector<SharedTensor> arena_share_many(Arena& arena, const py::iterable& ten
   shared.reserve(sources.size());
   if (copies <= 1) {
     for (std::size_t i = 0; i < sources.size(); ++i) {
-      shared.push_back(in_place[i] ? std::move(*in_place[i]) : share_tensor(arena, sources[i], {timeout}));
+      shared.push_back(bound(in_place[i] ? std::move(*in_place[i]) : share_tensor(arena, sources[i], {timeout})));
     }
     return shared;
   }
@@ -785,9 +796,9 @@ std::vector<SharedTensor> arena_share_many(Arena& arena, const py::iterable& ten
     }
   }
   const TensorMeta all{kBytesDtype, 0, {static_cast<std::int64_t>(total)}, {}};
-  const py::object whole = py::cast(SharedTensor(Handle(all, allocation.hold.share())));
+  const py::object whole = py::cast(bound(SharedTensor(Handle(all, allocation.hold.share()))));
   for (std::size_t i = 0; i < sources.size(); ++i) {
-    shared.push_back(in_place[i] ? std::move(*in_place[i])
+    shared.push_back(in_place[i] ? bound(std::move(*in_place[i]))
                                  : SharedTensor(Handle(std::move(stored[i]), allocation.hold.share()), whole));
   }
   return shared;
@@ -1064,7 +1075,8 @@ PYBIND11_MODULE(_core, module) {
           [](Arena& arena, const py::object& tensor, const std::optional<std::string>& key,
              std::optional<double> timeout) { return arena_share(arena, tensor, key, {timeout}); },
           "tensor"_a, py::kw_only(), "key"_a = py::none(), "timeout"_a = py::none())
-      .def("share_many", &arena_share_many, "tensors"_a, py::kw_only(), "timeout"_a = py::none())
+      .def("share_many", &arena_share_many, "tensors"_a, py::kw_only(), "timeout"_a = py::none(),
+           "readers"_a = py::none())
       .def("try_share", &arena_try_share, "tensor"_a)
       .def(
           "empty",
@@ -1080,6 +1092,7 @@ PYBIND11_MODULE(_core, module) {
       .def_property_readonly("capacity", [](const Arena& arena) { return arena.options().capacity; });
 
   module.def("attach", &attach_to, "handle"_a);
+  module.def("current_readers", &ReadersContext::current_count);
   module.def("discard_text", &discard_text, "text"_a);
   module.def("discard_bytes", &discard_bytes, "data"_a);
   module.def("reap", &reap_all_arenas, py::kw_only(), "force"_a = false);
@@ -1118,6 +1131,9 @@ PYBIND11_MODULE(_core, module) {
       },
       "destination"_a, "source"_a, "bytes"_a, "how"_a = "auto");
   module.attr("TEXT_PREFIX") = std::string(kTextPrefix);
+  py::list names;
+  for (const DtypeInfo& dtype : kDtypes) names.append(dtype.torch_name);
+  module.attr("DTYPE_NAMES") = py::tuple(names);
   module.attr("MAX_PEERS") = kMaxPeers;
   module.attr("MESSAGE_CELLS") = kMessageCells;
   module.attr("LAYOUT_VERSION") = kLayoutVersion;

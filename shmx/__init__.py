@@ -25,7 +25,6 @@ from shmx.arena import (
     attach,
     configure,
     default_arena,
-    discard,
     empty,
     gc,
     share,
@@ -34,6 +33,7 @@ from shmx.arena import (
     stats,
     trim,
 )
+from shmx.array import SharedArray
 from shmx.config import apply_environment as _apply_environment
 from shmx.errors import (
     ArenaFullError,
@@ -47,8 +47,11 @@ from shmx.errors import (
     SystemCallError,
     TooManyPeersError,
 )
+from shmx.hooks import discard, has_shared, unwrap, wrap
 from shmx.metrics import metrics_text
+from shmx.pickling import Pickler, Unpickler, dec_hook, dumps, enc_hook, ext_hook, loads
 from shmx.survey import arenas
+from shmx.walk import register_container
 
 __version__ = "0.1.0"
 
@@ -58,27 +61,39 @@ __all__ = [
     "DeviceError",
     "ForeignHostError",
     "InvalidHandleError",
+    "Pickler",
     "ReleasedError",
     "SegmentLostError",
+    "SharedArray",
     "SharedTensor",
     "ShmxError",
     "StaleHandleError",
     "SystemCallError",
     "TooManyPeersError",
+    "Unpickler",
     "arenas",
     "attach",
     "configure",
+    "dec_hook",
     "default_arena",
     "discard",
+    "dumps",
     "empty",
+    "enc_hook",
+    "ext_hook",
     "gc",
+    "has_shared",
+    "loads",
     "metrics_text",
     "readers",
+    "register_container",
     "share",
     "share_async",
     "share_many",
     "stats",
     "trim",
+    "unwrap",
+    "wrap",
 ]
 
 # Quiet unless the program asks for it.
@@ -88,4 +103,5 @@ _apply_environment()
 
 # Where users find them, and what their pickles name.
 SharedTensor.__module__ = "shmx"
+SharedArray.__module__ = "shmx"
 readers.__module__ = "shmx"

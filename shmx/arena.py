@@ -9,6 +9,7 @@ import multiprocessing.util
 import os
 import pickletools
 import threading
+import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,7 +27,7 @@ __all__ = [
     "attach",
     "configure",
     "default_arena",
-    "discard",
+    "discard_blob",
     "empty",
     "gc",
     "share",
@@ -137,6 +138,7 @@ _lock = threading.Lock()
 _executor: ThreadPoolExecutor | None = None
 _default: Arena | None = None
 _configured: dict[str, Any] = {}
+_inline_fallbacks = 0
 
 
 def default_arena() -> Arena:
@@ -219,7 +221,9 @@ def share(tensor: torch.Tensor, *, key: str | None = None, timeout: float | None
     return default_arena().share(tensor, key=key, timeout=timeout)
 
 
-def share_many(tensors: Iterable[torch.Tensor], *, timeout: float | None = None) -> list[SharedTensor]:
+def share_many(
+    tensors: Iterable[torch.Tensor], *, timeout: float | None = None, readers: int | None = None
+) -> list[SharedTensor]:
     """Publish tensors that travel together: one block, one announcement for all of them in a pickle.
 
     Cheaper than one :func:`share` each, above all for many small tensors. Their memory is used again when all of them
@@ -231,6 +235,9 @@ def share_many(tensors: Iterable[torch.Tensor], *, timeout: float | None = None)
         Each as for :func:`share`.
     timeout
         As for :func:`share`.
+    readers
+        How often each pickle of them will be loaded, 0 to 4095, wherever it is made: bound to the handles, as by
+        :meth:`SharedTensor.with_readers`.
 
     Returns
     -------
@@ -243,7 +250,7 @@ def share_many(tensors: Iterable[torch.Tensor], *, timeout: float | None = None)
     TypeError, ArenaFullError
         As for :func:`share`; then nothing is published.
     """
-    return default_arena().share_many(tensors, timeout=timeout)
+    return default_arena().share_many(tensors, timeout=timeout, readers=readers)
 
 
 async def share_async(tensor: torch.Tensor, *, key: str | None = None, timeout: float | None = None) -> SharedTensor:
@@ -311,21 +318,8 @@ def attach(handle: SharedTensor) -> None:
     _core.attach(handle)
 
 
-def discard(blob: bytes | bytearray | memoryview) -> int:
-    """Take back the messages in a pickle, or in the result of ``to_bytes``, that will not be sent or loaded.
-
-    The pickle is scanned, not loaded: nothing in it is executed.
-
-    Returns
-    -------
-    int
-        How many announced messages were taken back.
-
-    Raises
-    ------
-    InvalidHandleError
-        ``blob`` is neither a pickle nor the bytes of a handle.
-    """
+def discard_blob(blob: bytes | bytearray | memoryview) -> int:
+    """Take back the messages in a pickle or in the result of ``to_bytes``; for :func:`shmx.discard`."""
     data = bytes(blob)
     if data.startswith(b"SX"):
         return int(_core.discard_bytes(data))
@@ -412,7 +406,8 @@ def stats() -> dict[str, Any]:
     dict
         ``arena``: of the default arena (``None`` if not made yet). ``attached``: names of the arenas that this process
         takes part in; ``memberships``: what it has loaded from each of them and holds there, with the numbers of those
-        it owns in ``owned``. ``pool_bytes``: kept for materialized tensors.
+        it owns in ``owned``. ``pool_bytes``: kept for materialized tensors. ``inline_fallbacks``: tensors that
+        :func:`wrap` and :func:`dumps` left in their places because the arena was full.
     """
     arena = _default
     return {
@@ -420,7 +415,28 @@ def stats() -> dict[str, Any]:
         "attached": _core.attached(),
         "memberships": _core.membership_counts(),
         "pool_bytes": _core.pool_bytes(),
+        "inline_fallbacks": _inline_fallbacks,
     }
+
+
+def inline_fallbacks() -> int:
+    """How many tensors were left in their places because the arena was full."""
+    return _inline_fallbacks
+
+
+def note_inline_fallback(tensors: int, error: ArenaFullError) -> None:
+    """Count tensors that travel in the pickle because the arena is full; warn once."""
+    global _inline_fallbacks
+    with _lock:
+        first = _inline_fallbacks == 0
+        _inline_fallbacks += tensors
+    if first:
+        warnings.warn(
+            f"shmx: tensors travel in the pickle, which is slow, because the arena is full: {error}. Warned once; "
+            "counted in shmx.stats()['inline_fallbacks']",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _copiers() -> ThreadPoolExecutor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from shmx import _core
 
-__all__ = ["ArenaConfig", "apply_environment"]
+__all__ = ["ArenaConfig", "apply_environment", "default_min_bytes"]
 
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
@@ -77,8 +77,10 @@ def apply_environment() -> None:
     ``SHMX_POOL_BYTES``: private memory that is kept for materialized tensors; 0 keeps none. ``SHMX_READONLY``: map
     other processes' arenas read-only. ``SHMX_NT_THRESHOLD``: copies of so many bytes and more use non-temporal stores.
     ``SHMX_GROUP``: accept arenas of other user ids that were made for this group, see :class:`ArenaConfig`.
+    ``SHMX_MIN_BYTES``: smaller tensors are left inline by :func:`shmx.wrap` and :func:`shmx.dumps`.
     Raises ``ValueError`` that names the variable if one cannot be read.
     """
+    global _min_bytes
     if (text := os.environ.get("SHMX_POOL_BYTES")) is not None:
         _core.set_pool_limit(_bytes("SHMX_POOL_BYTES", text, least=0))
     if (text := os.environ.get("SHMX_READONLY")) is not None:
@@ -87,6 +89,16 @@ def apply_environment() -> None:
         _core.set_non_temporal_threshold(_bytes("SHMX_NT_THRESHOLD", text, least=1))
     if (text := os.environ.get("SHMX_GROUP")) is not None:
         _core.set_trusted_group(group_id(text, "SHMX_GROUP"))
+    if (text := os.environ.get("SHMX_MIN_BYTES")) is not None:
+        _min_bytes = _bytes("SHMX_MIN_BYTES", text, least=0)
+
+
+_min_bytes = 64 << 10
+
+
+def default_min_bytes() -> int:
+    """Bytes below which a tensor travels in the pickle, unless a call says otherwise."""
+    return _min_bytes
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from shmx import _core
+from shmx.arena import inline_fallbacks
 
 __all__ = ["CONTENT_TYPE", "metrics_text"]
 
@@ -68,6 +69,9 @@ def metrics_text() -> str:
         ("shmx_dev_shm_free_bytes", "What it has left.", shm.f_bavail * shm.f_frsize),
     ):
         lines += [*_head(name, "gauge", meaning), f"{name} {value}"]
+    name = "shmx_inline_fallbacks_total"
+    meaning = "Tensors that travelled in the pickle because the arena was full."
+    lines += [*_head(name, "counter", meaning), f"{name} {inline_fallbacks()}"]
     return "\n".join(lines) + "\n"
 
 
