@@ -31,13 +31,7 @@ _STORED = frozenset(getattr(torch, name) for name in _core.DTYPE_NAMES if hasatt
 
 def storable(tensor: torch.Tensor) -> bool:
     """Whether a handle says all there is to say about a tensor: dense, on the CPU, without a gradient."""
-    return (
-        tensor.is_cpu
-        and not tensor.requires_grad
-        and tensor.layout is torch.strided
-        and tensor.dtype in _STORED
-        and not tensor.is_quantized
-    )
+    return tensor.is_cpu and not tensor.requires_grad and tensor.layout is torch.strided and tensor.dtype in _STORED
 
 
 def _is_private(cls: type) -> bool:

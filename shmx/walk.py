@@ -11,7 +11,7 @@ import collections
 import enum
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -22,136 +22,234 @@ from shmx.array import SharedArray
 __all__ = ["Graph", "Kinds", "register_container"]
 
 _T = TypeVar("_T")
-_NO_KEYS: tuple[Any, ...] = ()
 
 
 # ---- containers
 #
-# A mutable one is a list of parts, each with keys, values, and a way to put a value under a key. One that cannot be
-# changed is made anew: from its values, or, so that it can be part of a cycle, as a shell that is filled afterwards.
+# One that can be changed is changed in place. One that cannot is made anew: from its values, or, so that it may be part
+# of a cycle, as a copy that is changed afterwards.
 
 
-class _Mapping:
-    """The values of a dict, and the attributes of an object that keeps them in one."""
+class _InPlace:
+    """A container that can be changed."""
 
-    def target(self, obj: Any) -> Any:
-        return obj
+    anew = False
 
-    def open(self, target: Any) -> tuple[Sequence[Any], list[Any]]:
-        values = list(target.values())
-        return list(target), values
+    def values(self, obj: Any) -> Iterable[Any]:
+        """What it contains."""
+        raise NotImplementedError
 
-    def put(self, target: Any, key: Any, old: Any, new: Any) -> None:
+    def items(self, obj: Any) -> Iterable[tuple[Any, Any]]:
+        """The same, each with what `put` needs to find its place."""
+        raise NotImplementedError
+
+    def put(self, obj: Any, key: Any, old: Any, new: Any) -> None:
+        """Put `new` in the place of `old`."""
+        raise NotImplementedError
+
+    def replace(self, obj: Any, new: dict[int, Any], done: list[_Done]) -> None:
+        """Put what `new` has, by id, in the places of what is there now; note each in `done`."""
+        for key, value in list(self.items(obj)):
+            if id(value) in new:
+                after = new[id(value)]
+                self.put(obj, key, value, after)
+                done.append((self, obj, key, value, after))
+
+
+# What was put where, so that it can be undone.
+_Done = tuple[_InPlace, Any, Any, Any, Any]
+
+
+class _Mapping(_InPlace):
+    """The values of a dict."""
+
+    def values(self, obj: Any) -> Iterable[Any]:
+        return dict.values(obj)
+
+    def items(self, obj: Any) -> Iterable[tuple[Any, Any]]:
+        return dict.items(obj)
+
+    def put(self, obj: Any, key: Any, old: Any, new: Any) -> None:
         # Not through an override, which might convert the value or refuse it.
-        dict.__setitem__(target, key, new)
+        dict.__setitem__(obj, key, new)
 
 
-class _Attributes(_Mapping):
-    def target(self, obj: Any) -> Any:
-        return obj.__dict__
+class _Attributes(_InPlace):
+    """The attributes of an object that keeps them in a dict."""
+
+    def values(self, obj: Any) -> Iterable[Any]:
+        values: Iterable[Any] = obj.__dict__.values()
+        return values
+
+    def items(self, obj: Any) -> Iterable[tuple[Any, Any]]:
+        items: Iterable[tuple[Any, Any]] = obj.__dict__.items()
+        return items
+
+    def put(self, obj: Any, key: Any, old: Any, new: Any) -> None:
+        obj.__dict__[key] = new
 
 
-class _Sequence:
+class _Sequence(_InPlace):
     """A list or a deque."""
 
-    def target(self, obj: Any) -> Any:
-        return obj
+    def values(self, obj: Any) -> Iterable[Any]:
+        values: Iterable[Any] = obj
+        return values
 
-    def open(self, target: Any) -> tuple[Sequence[Any], list[Any]]:
-        values = list(target)
-        return range(len(values)), values
+    def items(self, obj: Any) -> Iterable[tuple[Any, Any]]:
+        return enumerate(obj)
 
-    def put(self, target: Any, key: int, old: Any, new: Any) -> None:
-        # Another thread may have changed it meanwhile: what has moved is left where it is.
-        if key < len(target) and target[key] is old:
-            target[key] = new
+    def put(self, obj: Any, key: Any, old: Any, new: Any) -> None:
+        obj[key] = new
 
 
-class _Set:
-    def target(self, obj: Any) -> Any:
-        return obj
+class _Set(_InPlace):
+    def values(self, obj: Any) -> Iterable[Any]:
+        values: Iterable[Any] = obj
+        return values
 
-    def open(self, target: Any) -> tuple[Sequence[Any], list[Any]]:
-        values = list(target)
-        return values, values
+    def items(self, obj: Any) -> Iterable[tuple[Any, Any]]:
+        return ((None, value) for value in obj)
 
-    def put(self, target: Any, key: Any, old: Any, new: Any) -> None:
-        target.remove(old)
-        target.add(new)
+    def put(self, obj: Any, key: Any, old: Any, new: Any) -> None:
+        obj.remove(old)
+        obj.add(new)
 
 
-class _Slots:
+class _Slots(_InPlace):
     """Attributes that have places of their own in an object."""
 
-    def __init__(self, members: dict[str, Any]) -> None:
+    def __init__(self, members: Sequence[Any]) -> None:
         self._members = members
 
-    def target(self, obj: Any) -> Any:
-        return obj
+    def values(self, obj: Any) -> Iterable[Any]:
+        return [value for _, value in self.items(obj)]
 
-    def open(self, target: Any) -> tuple[Sequence[Any], list[Any]]:
-        keys, values = [], []
-        for key, member in self._members.items():
+    def items(self, obj: Any) -> Iterable[tuple[Any, Any]]:
+        for member in self._members:
             try:
-                values.append(member.__get__(target))
+                yield member, member.__get__(obj)
             except AttributeError:
                 continue  # never set
-            keys.append(key)
-        return keys, values
 
-    def put(self, target: Any, key: str, old: Any, new: Any) -> None:
-        self._members[key].__set__(target, new)
+    def put(self, obj: Any, key: Any, old: Any, new: Any) -> None:
+        key.__set__(obj, new)
 
 
-class _Struct:
+class _Struct(_InPlace):
     """The fields of a msgspec.Struct."""
 
-    def __init__(self, fields: tuple[str, ...]) -> None:
+    def __init__(self, fields: Sequence[str]) -> None:
         self._fields = fields
         self._set = sys.modules["msgspec"].structs.force_setattr
 
-    def target(self, obj: Any) -> Any:
-        return obj
+    def values(self, obj: Any) -> Iterable[Any]:
+        return [getattr(obj, field, None) for field in self._fields]
 
-    def open(self, target: Any) -> tuple[Sequence[Any], list[Any]]:
-        return self._fields, [getattr(target, field, None) for field in self._fields]
+    def items(self, obj: Any) -> Iterable[tuple[Any, Any]]:
+        return zip(self._fields, self.values(obj), strict=True)
 
-    def put(self, target: Any, key: str, old: Any, new: Any) -> None:
-        self._set(target, key, new)
-
-
-_Part = _Mapping | _Sequence | _Set | _Slots | _Struct
+    def put(self, obj: Any, key: Any, old: Any, new: Any) -> None:
+        self._set(obj, key, new)
 
 
-class _Anew:
-    """A container that is made anew from its values."""
+class _Several(_InPlace):
+    """An object that contains things in several ways: slots and a dict, or attributes of a kind of list."""
+
+    def __init__(self, parts: Sequence[_InPlace]) -> None:
+        self._parts = parts
+
+    def values(self, obj: Any) -> Iterable[Any]:
+        return [value for part in self._parts for value in part.values(obj)]
+
+    def replace(self, obj: Any, new: dict[int, Any], done: list[_Done]) -> None:
+        for part in self._parts:
+            part.replace(obj, new, done)
+
+
+class _Tuple:
+    """A tuple, named or not."""
+
+    anew = True
+
+    def values(self, obj: Any) -> Iterable[Any]:
+        values: Iterable[Any] = obj
+        return values
+
+    def again(self, obj: Any, values: Iterable[Any], new: list[Any]) -> Any:
+        cls = type(obj)
+        if cls is tuple:
+            return tuple(new)
+        # What torch and the interpreter return as named tuples takes a sequence, and has no other way.
+        made = cls(new) if hasattr(cls, "n_sequence_fields") else tuple.__new__(cls, new)
+        if hasattr(made, "__dict__"):
+            made.__dict__.update(obj.__dict__)
+        return made
+
+
+class _FrozenSet:
+    anew = True
+
+    def values(self, obj: Any) -> Iterable[Any]:
+        return tuple(obj)
+
+    def again(self, obj: Any, values: Iterable[Any], new: list[Any]) -> Any:
+        return type(obj)(new)
+
+
+class _Flattened(tuple[Any, ...]):
+    """What a registered class is made of, and what it said about the rest."""
+
+    context: Any
+
+
+class _Registered:
+    """A class whose user says how to take it apart and make it again."""
+
+    anew = True
 
     def __init__(
-        self, flatten: Callable[[Any], tuple[Sequence[Any], Any]], unflatten: Callable[[Any, list[Any]], Any]
+        self, flatten: Callable[[Any], tuple[Sequence[Any], Any]], unflatten: Callable[[list[Any], Any], Any]
     ) -> None:
-        self.flatten = flatten
-        self.unflatten = unflatten
+        self._flatten = flatten
+        self._unflatten = unflatten
+
+    def values(self, obj: Any) -> Iterable[Any]:
+        values, context = self._flatten(obj)
+        flattened = _Flattened(values)
+        flattened.context = context
+        return flattened
+
+    def again(self, obj: Any, values: Any, new: list[Any]) -> Any:
+        return self._unflatten(new, values.context)
 
 
 class _Frozen:
-    """An object whose attributes are not to be changed: a copy of it is made, and filled."""
+    """An object whose attributes are not to be changed: a copy of it is."""
 
-    def __init__(self, copy: Callable[[Any], Any], parts: tuple[_Part, ...]) -> None:
+    anew = True
+
+    def __init__(self, copy: Callable[[Any], Any], attributes: _InPlace) -> None:
         self.copy = copy
-        self.parts = parts
+        self.attributes = attributes
+        self.values = attributes.values
 
 
 class _Leaf:
-    pass
+    anew = False
+
+    def values(self, obj: Any) -> Iterable[Any]:
+        return ()
 
 
 _LEAF = _Leaf()
-_Kind = tuple[_Part, ...] | _Anew | _Frozen | _Leaf | None
+_Anew = _Tuple | _FrozenSet | _Registered
+_Kind = _InPlace | _Anew | _Frozen | _Leaf | None
 
 
 # ---- which class is what
 
-_registered: dict[type, _Anew] = {}
+_registered: dict[type, _Registered] = {}
 _tables: list[Kinds] = []
 
 
@@ -181,26 +279,14 @@ def register_container(
         raise TypeError(f"register_container takes a class, not {cls!r}")
     if cls in _BUILT_IN or cls in _ATOMS:
         raise TypeError(f"{cls.__name__} is built in; register a class of your own")
-    _registered[cls] = _Anew(flatten, lambda context, values: unflatten(values, context))
+    _registered[cls] = _Registered(flatten, unflatten)
     for table in _tables:
         table.forget()
 
 
-def _tuple_again(old: Any, values: list[Any]) -> Any:
-    cls = type(old)
-    if cls is tuple:
-        return tuple(values)
-    # What torch and the interpreter return as named tuples takes a sequence, and has no other way.
-    new = cls(values) if hasattr(cls, "n_sequence_fields") else tuple.__new__(cls, values)
-    if hasattr(new, "__dict__"):
-        new.__dict__.update(old.__dict__)
-    return new
-
-
 _MAPPING, _ATTRIBUTES, _SEQUENCE, _SET = _Mapping(), _Attributes(), _Sequence(), _Set()
-_TUPLE = _Anew(lambda obj: (obj, obj), _tuple_again)
-_FROZENSET = _Anew(lambda obj: (list(obj), type(obj)), lambda cls, values: cls(values))
-_BUILT_IN: dict[type, _Part | _Anew] = {
+_TUPLE, _FROZENSET = _Tuple(), _FrozenSet()
+_BUILT_IN: dict[type, _InPlace | _Anew] = {
     dict: _MAPPING,
     list: _SEQUENCE,
     collections.deque: _SEQUENCE,
@@ -228,20 +314,26 @@ class Kinds:
         """Begin with the built-in containers; others are looked at when they are met."""
         self._is_leaf = is_leaf
         self.known: dict[type, _Kind] = {}
+        self.empty: set[type] = set()
         self.forget()
         _tables.append(self)
 
     def forget(self) -> None:
         """Look at every class anew."""
         self.known.clear()
+        self.known.update(_BUILT_IN)
         self.known.update(dict.fromkeys(_ATOMS))
-        self.known.update({cls: part if isinstance(part, _Anew) else (part,) for cls, part in _BUILT_IN.items()})
+        self.empty.clear()
+        self.empty.update(_ATOMS)
 
     def learn(self, cls: type) -> _Kind:
         """Look at a class that is not known yet."""
         if len(self.known) >= _KNOWN_AT_MOST:
             self.forget()  # classes that a program makes by the thousand are not kept alive
-        kind = self.known[cls] = _LEAF if self._is_leaf(cls) else _registered.get(cls) or _kind_of(cls)
+        kind = _LEAF if self._is_leaf(cls) else _registered.get(cls) or _kind_of(cls)
+        self.known[cls] = kind
+        if kind is None:
+            self.empty.add(cls)
         return kind
 
 
@@ -252,20 +344,22 @@ def _kind_of(cls: type) -> _Kind:
         return _TUPLE
     if issubclass(cls, frozenset):
         return _FROZENSET
-    if not all(_is_plain(base) for base in cls.__mro__):
+    if not all(map(_is_plain, cls.__mro__)):
         return None
-    parts = [part for base, part in _BUILT_IN.items() if issubclass(cls, base) and not isinstance(part, _Anew)]
+    parts = [part for base, part in _BUILT_IN.items() if issubclass(cls, base) and isinstance(part, _InPlace)]
     msgspec = sys.modules.get("msgspec")
     if msgspec is not None and issubclass(cls, msgspec.Struct):
-        parts.append(_Struct(cls.__struct_fields__))  # type: ignore[attr-defined]
-        return _Frozen(lambda obj: obj.__copy__(), tuple(parts)) if cls.__struct_config__.frozen else tuple(parts)  # type: ignore[attr-defined]
+        struct: Any = cls
+        fields = _Struct(struct.__struct_fields__)
+        return _Frozen(struct.__copy__, fields) if struct.__struct_config__.frozen else fields
     if members := _slot_members(cls):
         parts.append(_Slots(members))
     if cls.__dictoffset__ != 0:
         parts.append(_ATTRIBUTES)
     if not parts:
         return None
-    return _Frozen(_copy_of_frozen, tuple(parts)) if _is_frozen(cls) else tuple(parts)
+    whole = parts[0] if len(parts) == 1 else _Several(parts)
+    return _Frozen(_copy_of_frozen, whole) if _is_frozen(cls) else whole
 
 
 def _is_plain(base: type) -> bool:
@@ -275,16 +369,14 @@ def _is_plain(base: type) -> bool:
     return root not in ("torch", "numpy", "builtins") and root not in sys.stdlib_module_names
 
 
-def _slot_members(cls: type) -> dict[str, Any]:
-    members: dict[str, Any] = {}
-    for base in cls.__mro__:
-        if "__slots__" not in vars(base):
-            continue
-        for name, member in vars(base).items():
-            # Those of a base come under other names if it has the same ones.
-            if isinstance(member, types.MemberDescriptorType) and name != "__weakref__":
-                members.setdefault(name if name not in members else f"{base.__qualname__}.{name}", member)
-    return members
+def _slot_members(cls: type) -> list[Any]:
+    return [
+        member
+        for base in cls.__mro__
+        if "__slots__" in vars(base)
+        for member in vars(base).values()
+        if isinstance(member, types.MemberDescriptorType)
+    ]
 
 
 def _is_frozen(cls: type) -> bool:
@@ -297,6 +389,10 @@ def _is_frozen(cls: type) -> bool:
     return hasattr(cls, "__attrs_attrs__") and "frozen" in getattr(cls.__setattr__, "__name__", "")
 
 
+# What attrs remembers of a frozen object; the copy has another one.
+_ATTRS_HASH = "_attrs_cached_hash"
+
+
 def _copy_of_frozen(obj: Any) -> Any:
     cls = type(obj)
     try:
@@ -306,15 +402,15 @@ def _copy_of_frozen(obj: Any) -> Any:
             f"{cls.__qualname__} is frozen and cannot be copied ({error}); tell shmx.register_container how to make "
             "one, or leave its tensors out"
         ) from error
-    for name, member in _slot_members(cls).items():
+    for member in _slot_members(cls):
         try:
-            member.__set__(new, None if name == "_attrs_cached_hash" else member.__get__(obj))
+            member.__set__(new, None if member.__name__ == _ATTRS_HASH else member.__get__(obj))
         except AttributeError:
             continue
     if hasattr(obj, "__dict__"):
         new.__dict__.update(obj.__dict__)
-        if "_attrs_cached_hash" in new.__dict__:
-            new.__dict__["_attrs_cached_hash"] = None
+        if _ATTRS_HASH in new.__dict__:
+            new.__dict__[_ATTRS_HASH] = None
     return new
 
 
@@ -322,15 +418,14 @@ def _copy_of_frozen(obj: Any) -> Any:
 
 
 class _Node:
-    """One container that was met: its parts as they were, and which other nodes contain it."""
+    """One container that was met with something inside, and, if it is to be made anew, what contains it."""
 
-    __slots__ = ("context", "kind", "obj", "owners", "parts")
+    __slots__ = ("kind", "obj", "owners", "values")
 
-    def __init__(self, obj: Any, kind: Any) -> None:
+    def __init__(self, obj: Any, kind: Any, values: Iterable[Any]) -> None:
         self.obj = obj
         self.kind = kind
-        self.context: Any = None
-        self.parts: list[tuple[Any, Any, Sequence[Any], Sequence[Any]]] = []
+        self.values = values
         self.owners: list[_Node] = []
 
 
@@ -356,48 +451,43 @@ class Graph:
         """Look at everything; change nothing."""
         self._root = root
         self.leaves: list[Any] = []
-        # By id; the nodes and the list of leaves keep the objects alive.
+        # By id: nodes and leaves keep the objects alive.
         self._owners: dict[int, list[_Node]] = {}
         self._nodes: dict[int, _Node] = {}
-        self._unwanted: list[Any] = []
-        self._look(root, kinds, wanted)
+        self._look(kinds, wanted)
 
-    def _look(self, root: Any, kinds: Kinds, wanted: Callable[[Any], bool] | None) -> None:
-        known, nodes, owners = kinds.known, self._nodes, self._owners
-        refused: set[int] = set()
-        top = _Node(None, ())
-        top.parts.append((_SEQUENCE, None, _NO_KEYS, (root,)))
-        stack = [top]
+    def _look(self, kinds: Kinds, wanted: Callable[[Any], bool] | None) -> None:
+        known, empty, nodes, owners = kinds.known, kinds.empty, self._nodes, self._owners
+        stack = [_Node(None, _SEQUENCE, (self._root,))]
         while stack:
             node = stack.pop()
-            if node is not top:
-                _open(node)
             met: list[_Node] = []
-            for _, _, _, values in node.parts:
-                for value in values:
-                    cls = type(value)
-                    kind = known[cls] if cls in known else kinds.learn(cls)
-                    if kind is None:
+            # A copy, because it may be changed by others meanwhile.
+            for value in tuple(node.values):
+                cls = type(value)
+                kind = known[cls] if cls in known else kinds.learn(cls)
+                if kind is None:
+                    continue
+                key = id(value)
+                if kind is _LEAF:
+                    if key in owners:
+                        owners[key].append(node)
+                    elif wanted is None or wanted(value):
+                        owners[key] = [node]
+                        self.leaves.append(value)
+                    continue
+                child = nodes.get(key)
+                if child is None:
+                    values = kind.values(value)
+                    # Most containers have nothing inside that matters: numbers, strings.
+                    if empty.issuperset(map(type, values)):
                         continue
-                    key = id(value)
-                    if kind is _LEAF:
-                        if key in owners:
-                            owners[key].append(node)
-                        elif key not in refused:
-                            if wanted is None or wanted(value):
-                                owners[key] = [node]
-                                self.leaves.append(value)
-                            else:
-                                refused.add(key)
-                                self._unwanted.append(value)
-                        continue
-                    child = nodes.get(key)
-                    if child is None:
-                        child = nodes[key] = _Node(value, kind)
-                        met.append(child)
-                    if type(kind) is not tuple:
-                        child.owners.append(node)
-            stack.extend(reversed(met))
+                    child = nodes[key] = _Node(value, kind, values)
+                    met.append(child)
+                if kind.anew:
+                    child.owners.append(node)
+            met.reverse()
+            stack += met
 
     def replaced(self, new: dict[int, Any]) -> Any:
         """Put other objects in the places of leaves.
@@ -417,34 +507,32 @@ class Graph:
         TypeError
             A container cannot be made anew. Then nothing has been changed.
         """
-        if not new:
-            return self._root
-        touched: dict[int, _Node] = {}
-        work = [node for key, nodes in self._owners.items() if key in new for node in nodes]
+        touched: dict[_Node, None] = {}
+        work = [node for key in new for node in self._owners.get(key, ())]
         # What is made anew changes what contains it, and so on upwards.
         while work:
             node = work.pop()
-            if id(node) not in touched:
-                touched[id(node)] = node
-                work.extend(node.owners)
+            if node not in touched:
+                touched[node] = None
+                work += node.owners
         new = dict(new)
-        self._make_anew([node for node in touched.values() if type(node.kind) is not tuple], new)
-        done: list[tuple[Any, Any, Any, Any, Any]] = []
+        done: list[_Done] = []
         try:
-            for node in touched.values():
-                if type(node.kind) is tuple:
-                    _put_all(node.parts, new, done)
+            self._make_anew([node for node in touched if node.kind.anew], new)
+            for node in touched:
+                if not node.kind.anew and node.obj is not None:
+                    node.kind.replace(node.obj, new, done)
         except BaseException:
-            for part, target, key, before, after in reversed(done):
-                part.put(target, key, after, before)
+            for kind, obj, key, before, after in reversed(done):
+                kind.put(obj, key, after, before)
             raise
         return new.get(id(self._root), self._root)
 
     def _make_anew(self, nodes: list[_Node], new: dict[int, Any]) -> None:
-        shells = [node for node in nodes if type(node.kind) is _Frozen]
-        for node in shells:
+        copies = [node for node in nodes if type(node.kind) is _Frozen]
+        for node in copies:
             new[id(node.obj)] = node.kind.copy(node.obj)
-        waiting = {id(node.obj): node for node in nodes if type(node.kind) is _Anew}
+        waiting = {id(node.obj): node for node in nodes if type(node.kind) is not _Frozen}
         begun: set[int] = set()
         stack = list(waiting.values())
         while stack:
@@ -453,10 +541,10 @@ class Graph:
             if key in new:
                 stack.pop()
                 continue
-            (_, _, _, values) = node.parts[0]
-            first = [waiting[id(value)] for value in values if id(value) in waiting and id(value) not in new]
+            first = [waiting[id(one)] for one in node.values if id(one) in waiting and id(one) not in new]
             if not first:
-                new[key] = node.kind.unflatten(node.context, [new.get(id(value), value) for value in values])
+                values = [new.get(id(value), value) for value in node.values]
+                new[key] = node.kind.again(node.obj, node.values, values)
                 stack.pop()
             elif key in begun:
                 raise TypeError(
@@ -465,31 +553,6 @@ class Graph:
                 )
             else:
                 begun.add(key)
-                stack.extend(first)
-        for node in shells:
-            shell = new[id(node.obj)]
-            for part, _, keys, values in node.parts:
-                target = part.target(shell)
-                for key, value in zip(keys, values, strict=True):
-                    if id(value) in new:
-                        part.put(target, key, value, new[id(value)])
-
-
-def _open(node: _Node) -> None:
-    kind = node.kind
-    if type(kind) is _Anew:
-        values, node.context = kind.flatten(node.obj)
-        node.parts.append((None, None, _NO_KEYS, values))
-        return
-    for part in kind if type(kind) is tuple else kind.parts:
-        target = part.target(node.obj)
-        node.parts.append((part, target, *part.open(target)))
-
-
-def _put_all(parts: list[tuple[Any, Any, Sequence[Any], Sequence[Any]]], new: dict[int, Any], done: list[Any]) -> None:
-    for part, target, keys, values in parts:
-        for key, value in zip(keys, values, strict=True):
-            if id(value) in new:
-                after = new[id(value)]
-                part.put(target, key, value, after)
-                done.append((part, target, key, value, after))
+                stack += first
+        for node in copies:
+            node.kind.attributes.replace(new[id(node.obj)], new, [])

@@ -49,7 +49,8 @@ def own(arena: shmx.Arena) -> dict:
 
 def test_without_an_arena_the_text_tells_of_the_process_alone():
     found = samples(shmx.metrics_text())
-    assert {name for name, _ in found} == {"shmx_pool_bytes", "shmx_dev_shm_size_bytes", "shmx_dev_shm_free_bytes"}
+    process = {"shmx_pool_bytes", "shmx_dev_shm_size_bytes", "shmx_dev_shm_free_bytes", "shmx_inline_fallbacks_total"}
+    assert {name for name, _ in found} == process
 
 
 def test_the_owner_counts_what_it_publishes_loads_and_holds():
