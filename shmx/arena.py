@@ -435,7 +435,7 @@ def note_inline_fallback(tensors: int, error: ArenaFullError) -> None:
             f"shmx: tensors travel in the pickle, which is slow, because the arena is full: {error}. Warned once; "
             "counted in shmx.stats()['inline_fallbacks']",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -163,10 +163,7 @@ class Pickler(pickle.Pickler):
                 shared = []
             data = self._inner.getvalue()
             if self._order:
-                # Handles that the object contains come after those made here.
-                order = [index if index >= 0 else len(shared) + ~index for index, _ in self._order]
-                buffers = [place for place, (_, is_buffer) in enumerate(self._order) if is_buffer]
-                data = pickle.dumps(_Envelope([*shared, *self._handles], order, buffers, data), 5)
+                data = pickle.dumps(_Envelope(shared, self._handles, self._order, data), 5)
             try:
                 self._file.write(data)
             except BaseException:
@@ -182,7 +179,8 @@ class Pickler(pickle.Pickler):
         self._least = least
         self._leaves: list[Any] = []
         self._handles: list[SharedTensor] = []
-        # For each "next buffer": which leaf, or which handle if inverted; and whether it has to be a buffer indeed.
+        # For each "next buffer" which leaf it is, and whether it has to be a buffer indeed; of handles that the object
+        # contains the inverse of their index.
         self._order: list[tuple[int, bool]] = []
         self._markers: dict[int, tuple[pickle.PickleBuffer, int]] = {}
         # By address, of which no other comes into being while these are alive.
@@ -296,6 +294,7 @@ class Unpickler(pickle.Unpickler):
         super().__init__(file)
         self._device = device
         self._lazy = lazy
+        self._restored = False
 
     def find_class(self, module: str, name: str, /) -> Any:
         """Find a class or function by its name."""
@@ -303,13 +302,24 @@ class Unpickler(pickle.Unpickler):
             return self._restore
         return super().find_class(module, name)
 
-    def _restore(self, handles: Sequence[Any], order: Sequence[int], buffers: Sequence[int], data: bytes) -> Any:
+    def load(self) -> Any:
+        """Load the next pickle of the file."""
+        try:
+            return super().load()
+        finally:
+            if self._restored:
+                # Else it would hold what it has loaded, and itself by way of a method.
+                self._restored = False
+                self.memo: Any = {}
+
+    def _restore(self, shared: Sequence[Any], handles: Sequence[Any], order: _Order, data: bytes) -> Any:
+        self._restored = True
         if not self._lazy:
-            for index in order:
-                if (error := handles[index].error) is not None:
-                    raise error
-        slots = [_Slot(handle, self._device, self._lazy) for handle in handles]
-        return _Inner(self, data, _given(slots, order, buffers)).load()
+            for one in shared:
+                if one.error is not None:
+                    raise one.error
+        slots = [_Slot(one, self._device, self._lazy) for one in shared]
+        return _Inner(self, data, _given(slots, handles, order)).load()
 
 
 class _Inner(pickle.Unpickler):
@@ -326,15 +336,21 @@ class _Inner(pickle.Unpickler):
         return self._outer.persistent_load(pid)
 
 
-def _restore(handles: Sequence[Any], order: Sequence[int], buffers: Sequence[int], data: bytes) -> Any:
-    return pickle.loads(data, buffers=_given([_Slot(handle, None, False) for handle in handles], order, buffers))
+_Order = Sequence[tuple[int, bool]]
 
 
-def _given(slots: Sequence[_Slot], order: Sequence[int], buffers: Sequence[int]) -> list[Any]:
-    as_buffers = set(buffers)
-    return [
-        slots[index].handle.materialize() if place in as_buffers else slots[index] for place, index in enumerate(order)
-    ]
+def _restore(shared: Sequence[Any], handles: Sequence[Any], order: _Order, data: bytes) -> Any:
+    return pickle.loads(data, buffers=_given([_Slot(one, None, False) for one in shared], handles, order))
+
+
+def _given(slots: Sequence[_Slot], handles: Sequence[Any], order: _Order) -> list[Any]:
+    given: list[Any] = []
+    for index, is_buffer in order:
+        if index < 0:
+            given.append(handles[~index])
+        else:
+            given.append(slots[index].handle.materialize() if is_buffer else slots[index])
+    return given
 
 
 class _Slot:
@@ -388,8 +404,8 @@ def _array(place: _Slot, fortran: bool) -> Any:
     return array.copy(order="F") if fortran and not isinstance(array, SharedArray) else array
 
 
-def _handle(place: _Slot) -> SharedTensor | SharedArray:
-    return place.handle
+def _handle(handle: SharedTensor) -> SharedTensor:
+    return handle
 
 
 # ---- msgpack, as msgspec writes it

@@ -303,7 +303,7 @@ _ATOMS = frozenset(
 _OPAQUE_BASES = (type, enum.Enum, BaseException, torch.nn.Module, _core.SharedTensor, _core.Arena, SharedArray)
 # A class of a program may derive from these of the standard library and still be a record of its own.
 _PLAIN_MODULES = {"abc", "typing", "collections", "collections.abc", "_collections_abc", "dataclasses", "types"}
-_PLAIN_CLASSES = (object, argparse.Namespace, *_BUILT_IN)
+_PLAIN_CLASSES = (*argparse.Namespace.__mro__, *_BUILT_IN)
 _KNOWN_AT_MOST = 4096
 
 
