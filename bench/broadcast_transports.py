@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,15 +20,17 @@ class ShmxView(demo_transports.Shmx):
 
     name = "shmx_view"
 
-    def own(self, item: Any) -> torch.Tensor:
-        """A view, which holds its block."""
-        view: torch.Tensor = item.view()
-        item.release()
-        return view
+    def own(self, items: list[Any]) -> tuple[list[Any], list[str | None]]:
+        """Views, which hold their block."""
+        errors = [type(item.error).__name__ if item.error else None for item in items]
+        for i, item in enumerate(items):
+            if not errors[i]:
+                items[i] = item.view()
+        return items, errors
 
 
-class Sglang:
-    """``ShmPointerMMData`` of the installed SGLang: ranks map the segments copy-on-write."""
+class Sglang(demo_transports.Segment):
+    """``ShmPointerMMData`` of the installed SGLang: ranks map the segments copy-on-write, close and unlink."""
 
     name = "sglang"
 
@@ -38,26 +39,14 @@ class Sglang:
 
         self._class = pointer_class()
 
-    def publish(self, tensors: Sequence[torch.Tensor], serial: int) -> list[Any]:
+    def publish(self, tensors: list[torch.Tensor], serial: int) -> list[Any]:
         """A reserved segment for each."""
         return [self._class(tensor) for tensor in tensors]
 
-    def dumps(self, request: object, loads: int) -> bytes:
-        """Pickle names."""
-        return pickle.dumps(request)
-
-    def sent(self, published: Sequence[Any]) -> None:
-        """Nothing to give back: ranks unlink."""
-
-    def abandon(self, blob: bytes) -> None:
+    def abandon(self, published: list[Any]) -> None:
         """Unlink what nobody has materialized."""
-        for pointer in pickle.loads(blob):
+        for pointer in published:
             pointer.close_and_unlink()
-
-    def own(self, item: Any) -> torch.Tensor:
-        """Map privately, close, unlink."""
-        tensor: torch.Tensor = item.materialize()
-        return tensor
 
 
 def needs_barrier(name: str) -> bool:

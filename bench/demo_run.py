@@ -24,13 +24,13 @@ import traceback
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -146,10 +146,10 @@ class Message:
 
 @dataclass
 class _Request:
-    """What travels. `pixel_values` holds what the transport puts in the place of each tensor."""
+    """What travels. `pixel_values` holds what the transport puts in the places of the tensors."""
 
     transport: str
-    pixel_values: list[Any]
+    pixel_values: Any
     image_grid_thw: torch.Tensor
 
 
@@ -164,34 +164,17 @@ class _Published:
     began: float
     ready: float
     wire_bytes: int
-    checksums: tuple[int, ...]
-    grid_checksum: int
-
-
-@dataclass(frozen=True)
-class _Settled:
-    faults: int
+    checksums: list[int]
 
 
 @dataclass(frozen=True)
 class _Owned:
-    """`error` tells why the request as a whole was lost, `errors` why single tensors were."""
+    """`errors` tells why tensors were lost: each one's reason, or None; all of them if the request was."""
 
     at: float
     wire_bytes: int
     faults: int
-    error: str | None
-    errors: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Verified:
-    checksums: tuple[int | None, ...]
-    grid_checksum: int | None
-
-
-_Answer = TypeVar("_Answer")
-_Command = tuple[Any, ...]
+    errors: list[str | None]
 
 
 class Processes:
@@ -243,9 +226,9 @@ class Processes:
         DemoError
             If a process failed, died or did not answer in time.
         """
-        ready = self._answer(0, Ready)
+        ready: Ready = self._answer(0)
         for rank in self._ranks():
-            self._answer(rank, Ready)
+            self._answer(rank)
         return ready
 
     def send(self, request: int, transport: str) -> Message:
@@ -265,38 +248,33 @@ class Processes:
         """
         self._serial += 1
         self._tell(0, "publish", request, transport, self._serial)
-        published = self._answer(0, _Published)
-        owned = [self._answer(rank, _Owned) for rank in self._ranks()]
+        published: _Published = self._answer(0)
+        owned: list[_Owned] = [self._answer(rank) for rank in self._ranks()]
         self._tell(0, "settle")
-        settled = self._answer(0, _Settled)
+        producer_faults: int = self._answer(0)
         for rank in self._ranks():
             self._tell(rank, "verify")
-        verified = [self._answer(rank, _Verified) for rank in self._ranks()]
-
-        errors: Counter[str] = Counter()
-        lost = wrong = 0
-        for report, sums in zip(owned, verified, strict=True):
-            if report.error is not None:
-                lost += len(published.checksums)
-                errors[report.error] += len(published.checksums)
-                continue
-            lost += len(report.errors)
-            errors.update(report.errors)
-            pairs = zip(sums.checksums, published.checksums, strict=True)
-            wrong += sum(got is not None and got != expected for got, expected in pairs)
-            wrong += sums.grid_checksum != published.grid_checksum
-        complete = [report.at for report in owned if report.error is None and not report.errors]
+        checksums: list[list[int | None]] = [self._answer(rank) for rank in self._ranks()]
+        tensors = len(published.checksums) - 1
+        # A rank that has lost the request does not know how many tensors were in it.
+        reasons = [report.errors if len(report.errors) == tensors else report.errors * tensors for report in owned]
+        errors = Counter(reason for per_rank in reasons for reason in per_rank if reason is not None)
+        complete = [report.at for report, per_rank in zip(owned, reasons, strict=True) if not any(per_rank)]
         return Message(
             request=request,
             transport=transport,
             publish_ms=(published.ready - published.began) * 1e3,
             owned_ms=(max(complete) - published.began) * 1e3 if complete else None,
             wire_bytes=published.wire_bytes + sum(report.wire_bytes for report in owned),
-            producer_faults=settled.faults,
+            producer_faults=producer_faults,
             rank_faults=sum(report.faults for report in owned),
-            loads=len(published.checksums) * len(owned),
-            lost=lost,
-            wrong=wrong,
+            loads=tensors * len(owned),
+            lost=errors.total(),
+            wrong=sum(
+                got is not None and got != expected
+                for sums in checksums
+                for got, expected in zip(sums, published.checksums, strict=False)
+            ),
             errors=dict(errors),
         )
 
@@ -318,7 +296,7 @@ class Processes:
         except OSError as error:
             raise _death(process, connection) from error
 
-    def _answer(self, who: int, kind: type[_Answer]) -> _Answer:
+    def _answer(self, who: int) -> Any:
         process, connection = self._children[who]
         woken = wait([connection, *(child.sentinel for child, _ in self._children)], STEP_TIMEOUT_S)
         if not woken:
@@ -331,8 +309,6 @@ class Processes:
             raise _death(process, connection) from error
         if isinstance(answer, _Failed):
             raise DemoError(answer.message, usage=answer.usage)
-        if not isinstance(answer, kind):
-            raise DemoError(f"{process.name} answered {answer!r} instead of {kind.__name__}")
         return answer
 
     def _end(self, *, orderly: bool) -> None:
@@ -423,18 +399,13 @@ def _produce(connection: Connection[Any, Any], plan: Plan) -> None:
         socket.bind(plan.request_address)
         connection.send(Ready(len(patched), payload, shmx.default_arena().name.removeprefix("/")))
         try:
-            for request, transport, serial in _publish_commands(connection):
-                _publish(connection, plan, socket, patched, request, transport, serial)
+            while (command := connection.recv())[0] == "publish":
+                _publish(connection, plan, socket, patched, *command[1:])
             socket.send(STOP)
         except BaseException:
             # Rank 0 learns from its own pipe that the run is broken off; nothing needs to reach it.
             socket.set(zmq.LINGER, 0)
             raise
-
-
-def _publish_commands(connection: Connection[Any, Any]) -> Iterator[_Command]:
-    while (command := connection.recv())[0] == "publish":
-        yield command[1:]
 
 
 def _publish(
@@ -443,10 +414,10 @@ def _publish(
     socket: zmq.Socket[bytes],
     patched: list[images.PatchedImage],
     request: int,
-    transport_name: str,
+    name: str,
     serial: int,
 ) -> None:
-    transport = make_transport(transport_name, segment_prefix=plan.segment_prefix)
+    transport = make_transport(name, segment_prefix=plan.segment_prefix)
     first = request % len(patched)
     ordered = patched[first:] + patched[:first]
     tensors = [image.pixel_values for image in ordered]
@@ -454,22 +425,21 @@ def _publish(
     for tensor in tensors:
         # No two messages carry the same bytes, so that a rank that reads an earlier one is found out.
         tensor[-1, -1] = serial
-    checksums = tuple(checksum(tensor) for tensor in tensors)
+    checksums = [checksum(tensor) for tensor in (*tensors, grids)]
     faults = _faults()
     began = time.monotonic()
-    items = transport.publish(tensors, serial)
-    blob = transport.dumps(_Request(transport_name, items, grids), loads=1)
+    message = _Request(name, transport.publish(tensors, serial), grids)
+    blob = transport.dumps(message, loads=1)
     ready = time.monotonic()
     try:
         socket.send(blob, copy=False)
-        transport.sent(items)
-        connection.send(_Published(began, ready, len(blob), checksums, checksum(grids)))
+        connection.send(_Published(began, ready, len(blob), checksums))
         if connection.recv() != ("settle",):
             raise EOFError
     except BaseException:
-        transport.abandon(blob)
+        transport.abandon(message.pixel_values)
         raise
-    connection.send(_Settled(_faults() - faults))
+    connection.send(_faults() - faults)
 
 
 # ---- ranks ----
@@ -486,128 +456,77 @@ def _serve_rank(connection: Connection[Any, Any], plan: Plan, rank: int) -> None
         timeout=datetime.timedelta(seconds=2 * STEP_TIMEOUT_S),
     )
     try:
-        if rank == 0:
-            with zmq.Context() as context, context.socket(zmq.PULL) as socket:
+        with zmq.Context() as context, context.socket(zmq.PULL) as socket:
+            if rank == 0:
                 socket.connect(plan.request_address)
-                _serve(connection, plan, _Source(connection, plan, socket))
-        else:
-            _serve(connection, plan, _Destination())
+            connection.send(Ready())
+            while _serve(connection, plan, socket if rank == 0 else None):
+                pass
     finally:
         dist.destroy_process_group()
 
 
-@dataclass
-class _Incoming:
-    """What a rank has received: a request, or the reason why it could not be loaded."""
-
-    request: _Request | None
-    error: str | None
-    wire_bytes: int = 0
-
-
-class _Source:
-    """Rank 0: takes requests from the producer, passes them on, and keeps the object that it has."""
-
-    def __init__(self, connection: Connection[Any, Any], plan: Plan, socket: zmq.Socket[bytes]) -> None:
-        self._plan = plan
-        self._connection = connection
-        self._socket = socket
-        self._poller = zmq.Poller()
-        self._poller.register(socket, zmq.POLLIN)
-        self._poller.register(connection.fileno(), zmq.POLLIN)
-
-    def receive(self) -> _Incoming | None:
-        """Return the next request, or None after the last."""
-        if self._socket not in dict(self._poller.poll()):
-            # Between two requests the parent has nothing to say but that it has gone.
-            self._broadcast(STOP)
-            return None
-        blob = self._socket.recv(copy=False).buffer
-        if len(blob) == len(STOP):
-            self._broadcast(STOP)
-            return None
-        incoming = _load(blob)
-        if incoming.request is None:
-            incoming.wire_bytes = self._broadcast(blob)
-        else:
-            transport = make_transport(incoming.request.transport, segment_prefix=self._plan.segment_prefix)
-            data = transport.dumps(incoming.request, loads=self._plan.ranks - 1)
-            try:
-                incoming.wire_bytes = self._broadcast(data)
-            except BaseException:
-                transport.abandon(data)
-                raise
-        return incoming
-
-    def _broadcast(self, data: bytes | memoryview) -> int:
-        if self._plan.ranks == 1:
-            return 0
-        size = torch.tensor([len(data)], dtype=torch.int64)
-        dist.broadcast(size, src=0)
-        if len(data):
-            with warnings.catch_warnings():
-                # The buffer is read-only, and nobody writes to it.
-                warnings.simplefilter("ignore", UserWarning)
-                dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), src=0)
-        return size.nbytes + len(data)
+def _serve(connection: Connection[Any, Any], plan: Plan, socket: zmq.Socket[bytes] | None) -> bool:
+    """Receive one request, own its tensors and report; answers whether there was one."""
+    faults = _faults()
+    wire_bytes = 0
+    # Rank 0 takes requests from the producer, passes them on, and keeps the object that it has.
+    data = _broadcast(None) if socket is None else _take(connection, socket)
+    request, errors = _load(data)
+    if socket is not None and plan.ranks > 1:
+        if request is not None:
+            transport = make_transport(request.transport, segment_prefix=plan.segment_prefix)
+            data = transport.dumps(request, loads=plan.ranks - 1)
+        wire_bytes = 8 + len(_broadcast(data))
+    if len(data) == len(STOP):
+        return False
+    sums: list[int | None] = []
+    if request is not None:
+        transport = make_transport(request.transport, segment_prefix=plan.segment_prefix)
+        request.pixel_values, errors = transport.own(request.pixel_values)
+    at = time.monotonic()
+    connection.send(_Owned(at, wire_bytes, _faults() - faults, errors))
+    if connection.recv() != ("verify",):
+        raise EOFError
+    if request is not None:
+        own = zip(request.pixel_values, errors, strict=True)
+        sums = [None if error else checksum(tensor) for tensor, error in own]
+        sums.append(checksum(request.image_grid_thw))
+    connection.send(sums)
+    return True
 
 
-class _Destination:
-    """Any other rank: receives what rank 0 broadcasts."""
-
-    def receive(self) -> _Incoming | None:
-        """Return the next request, or None after the last."""
-        size = torch.zeros(1, dtype=torch.int64)
-        dist.broadcast(size, src=0)
-        if size.item() == len(STOP):
-            return None
-        data = torch.empty(int(size.item()), dtype=torch.uint8)
-        dist.broadcast(data, src=0)
-        return _load(data.numpy().data)
+def _take(connection: Connection[Any, Any], socket: zmq.Socket[bytes]) -> memoryview | bytes:
+    poller = zmq.Poller()
+    poller.register(socket, zmq.POLLIN)
+    poller.register(connection.fileno(), zmq.POLLIN)
+    # Between two requests the parent has nothing to say but that it has gone.
+    return socket.recv(copy=False).buffer if socket in dict(poller.poll()) else STOP
 
 
-def _load(data: memoryview) -> _Incoming:
+def _broadcast(data: memoryview | bytes | None) -> memoryview | bytes:
+    """Send `data` from rank 0, size first; receive it elsewhere."""
+    size = torch.tensor([0 if data is None else len(data)])
+    dist.broadcast(size, src=0)
+    if size.item() == len(STOP):
+        return STOP
+    with warnings.catch_warnings():
+        # The buffer is read-only, and nobody writes to it.
+        warnings.simplefilter("ignore", UserWarning)
+        payload = (
+            torch.empty(int(size.item()), dtype=torch.uint8)
+            if data is None
+            else torch.frombuffer(data, dtype=torch.uint8)
+        )
+    dist.broadcast(payload, src=0)
+    return payload.numpy().data if data is None else data
+
+
+def _load(data: memoryview | bytes) -> tuple[_Request | None, list[str | None]]:
+    if len(data) == len(STOP):
+        return None, []
     try:
-        return _Incoming(pickle.loads(data), None)
+        return pickle.loads(data), []
     # Whatever a transport raises here, the rank has lost the request: that is what the demonstration counts.
     except Exception as error:
-        return _Incoming(None, type(error).__name__)
-
-
-def _serve(connection: Connection[Any, Any], plan: Plan, inbox: _Source | _Destination) -> None:
-    connection.send(Ready())
-    while True:
-        faults = _faults()
-        incoming = inbox.receive()
-        if incoming is None:
-            return
-        owned, errors = _unwrap(incoming.request, plan)
-        at = time.monotonic()
-        connection.send(_Owned(at, incoming.wire_bytes, _faults() - faults, incoming.error, errors))
-        if connection.recv() != ("verify",):
-            raise EOFError
-        connection.send(
-            _Verified(
-                tuple(None if tensor is None else checksum(tensor) for tensor in owned),
-                None if incoming.request is None else checksum(incoming.request.image_grid_thw),
-            )
-        )
-        # The next request must find the memory of this one free.
-        del owned, incoming
-
-
-def _unwrap(request: _Request | None, plan: Plan) -> tuple[list[torch.Tensor | None], tuple[str, ...]]:
-    """Return tensors of our own, None for those that are lost, and the reasons."""
-    if request is None:
-        return [], ()
-    transport = make_transport(request.transport, segment_prefix=plan.segment_prefix)
-    owned: list[torch.Tensor | None] = []
-    errors = []
-    for item in request.pixel_values:
-        try:
-            owned.append(transport.own(item))
-        # As in _load: any failure is a loss.
-        except Exception as error:
-            owned.append(None)
-            errors.append(type(error).__name__)
-    return owned, tuple(errors)
+        return None, [type(error).__name__]

@@ -5,9 +5,7 @@ All of them send the same request object through the same sockets; they differ i
 
 from __future__ import annotations
 
-import contextlib
 import pickle
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,20 +22,17 @@ class Transport(Protocol):
 
     name: str
 
-    def publish(self, tensors: Sequence[torch.Tensor], serial: int) -> list[Any]:
+    def publish(self, tensors: list[torch.Tensor], serial: int) -> list[Any]:
         """Return what stands for each tensor in the request; runs in the producer."""
 
     def dumps(self, request: object, loads: int) -> bytes:
         """Pickle a request that will be unpickled `loads` times."""
 
-    def sent(self, published: Sequence[Any]) -> None:
-        """Let go of what `publish` returned: the producer has sent it and has no more use for it."""
+    def abandon(self, published: list[Any]) -> None:
+        """Give up what was published and may never be loaded; runs in the producer, when the run breaks off."""
 
-    def abandon(self, blob: bytes) -> None:
-        """Give up a message that may never be loaded; runs in the process that sent it, when the run breaks off."""
-
-    def own(self, item: Any) -> torch.Tensor:
-        """Return a tensor in private memory; runs once in every rank."""
+    def own(self, items: list[Any]) -> tuple[list[Any], list[str | None]]:
+        """Return tensors in private memory, and for each the reason if it is lost; runs once in every rank."""
 
 
 class Shmx:
@@ -45,35 +40,23 @@ class Shmx:
 
     name = "shmx"
 
-    def publish(self, tensors: Sequence[torch.Tensor], serial: int) -> list[Any]:
+    def publish(self, tensors: list[torch.Tensor], serial: int) -> list[Any]:
         """Copy the tensors into one block of the arena: they travel together."""
-        return shmx.share_many(tensors)
+        return shmx.wrap(list(tensors), min_bytes=0)
 
     def dumps(self, request: object, loads: int) -> bytes:
         """Announce every load, so that the data outlives them all, whichever rank is last."""
         with shmx.readers(loads):
             return pickle.dumps(request)
 
-    def sent(self, published: Sequence[Any]) -> None:
-        """Release at once: what was announced keeps the block."""
-        for handle in published:
-            handle.release()
+    def abandon(self, published: list[Any]) -> None:
+        """Revoke the block: a rank that was killed may leave an announced load behind."""
+        published[0].revoke()
 
-    def abandon(self, blob: bytes) -> None:
-        """Take back what was announced; copies that are under way end undisturbed."""
-        shmx.discard(blob)
-        for handle in pickle.loads(blob).pixel_values:
-            # A rank that was killed may leave an announced load of the broadcast. The producer alone can revoke.
-            with contextlib.suppress(shmx.ShmxError):
-                handle.revoke()
-
-    def own(self, item: Any) -> torch.Tensor:
-        """Copy out of the arena; the block is free when every tensor of it has been given back."""
-        try:
-            tensor: torch.Tensor = item.materialize()
-            return tensor
-        finally:
-            item.release()
+    def own(self, items: list[Any]) -> tuple[list[Any], list[str | None]]:
+        """Copy out of the arena; the block is free when every rank has done so."""
+        tensors, errors = shmx.unwrap(items, on_error="return")
+        return tensors, [type(error).__name__ if error else None for error in errors]
 
 
 class Inline:
@@ -81,27 +64,23 @@ class Inline:
 
     name = "inline"
 
-    def publish(self, tensors: Sequence[torch.Tensor], serial: int) -> list[Any]:
+    def publish(self, tensors: list[torch.Tensor], serial: int) -> list[Any]:
         """Nothing to do: pickling is what copies."""
-        return list(tensors)
+        return tensors
 
     def dumps(self, request: object, loads: int) -> bytes:
         """Pickle the bytes of all tensors."""
         return pickle.dumps(request)
 
-    def sent(self, published: Sequence[Any]) -> None:
+    def abandon(self, published: list[Any]) -> None:
         """Nothing to give back."""
 
-    def abandon(self, blob: bytes) -> None:
-        """Nothing to give back."""
-
-    def own(self, item: Any) -> torch.Tensor:
+    def own(self, items: list[Any]) -> tuple[list[Any], list[str | None]]:
         """Nothing to do: unpickling has made private tensors."""
-        tensor: torch.Tensor = item
-        return tensor
+        return items, [None] * len(items)
 
 
-class Segment:
+class Segment(Inline):
     """One fresh segment per tensor and message, see `bench.reference_segment`."""
 
     name = "segment"
@@ -109,24 +88,20 @@ class Segment:
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
 
-    def publish(self, tensors: Sequence[torch.Tensor], serial: int) -> list[Any]:
-        """Make a segment for every tensor."""
+    def publish(self, tensors: list[torch.Tensor], serial: int) -> list[Any]:
+        """Make a segment for every tensor; the first rank that materializes it removes its name."""
         return [SegmentTensor(tensor, name=f"{self._prefix}{serial}_{i}") for i, tensor in enumerate(tensors)]
 
-    def dumps(self, request: object, loads: int) -> bytes:
-        """Pickle names; the class has no place for the number of readers."""
-        return pickle.dumps(request)
-
-    def sent(self, published: Sequence[Any]) -> None:
-        """Nothing to give back: the first rank that materializes removes the name."""
-
-    def abandon(self, blob: bytes) -> None:
-        """Nothing to do: the parent removes all segments of the run."""
-
-    def own(self, item: Any) -> torch.Tensor:
+    def own(self, items: list[Any]) -> tuple[list[Any], list[str | None]]:
         """Clone, close, unlink."""
-        tensor: torch.Tensor = item.materialize()
-        return tensor
+        errors: list[str | None] = [None] * len(items)
+        for i, item in enumerate(items):
+            try:
+                items[i] = item.materialize()
+            # Any failure is a loss.
+            except Exception as error:
+                errors[i] = type(error).__name__
+        return items, errors
 
 
 TRANSPORTS = ("shmx", "inline", "segment")

@@ -150,11 +150,10 @@ def _send(
 ) -> tuple[float, float]:
     """Microseconds, and tensors lost by all ranks."""
     start = time.monotonic_ns()
-    items = transport.publish(tensors, serial)
+    items = transport.publish(list(tensors), serial)
     blob = transport.dumps(items, 1)
     everything = serial % EVERYTHING_EVERY == 0
     socket.send_multipart([b"0", _HEADER.pack(number, serial, everything), blob], copy=False)
-    transport.sent(items)
     answers = [_ANSWER.unpack(answer) for answer in _collect(socket, place.consumers)]
     # Nobody checks while another one still receives.
     for rank in range(place.consumers):
@@ -275,13 +274,8 @@ class _Rank:
         barrier = broadcast_transports.needs_barrier(transport.name)
         if barrier:
             dist.barrier()
-        owned: list[torch.Tensor | None] = []
-        for item in items or ():
-            try:
-                owned.append(transport.own(item))
-            # Whatever a transport raises here, the tensor is lost to this rank; losses are counted.
-            except Exception:
-                owned.append(None)
+        tensors, errors = transport.own(items or [])
+        owned = [None if error else tensor for tensor, error in zip(tensors, errors, strict=True)]
         if barrier:
             dist.all_reduce(torch.tensor([None in owned], dtype=torch.int32), op=dist.ReduceOp.MAX)
         return owned
