@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +32,13 @@ _STORED = frozenset(getattr(torch, name) for name in _core.DTYPE_NAMES if hasatt
 
 def storable(tensor: torch.Tensor) -> bool:
     """Whether a handle says all there is to say about a tensor: dense, on the CPU, without a gradient."""
-    return tensor.is_cpu and not tensor.requires_grad and tensor.layout is torch.strided and tensor.dtype in _STORED
+    return (
+        tensor.is_cpu
+        and not tensor.requires_grad
+        and tensor.layout is torch.strided
+        and tensor.dtype in _STORED
+        and not tensor.is_nested
+    )
 
 
 def _is_private(cls: type) -> bool:
@@ -100,7 +107,7 @@ def wrap(
         A container cannot be made anew. Then nothing is changed and nothing stays published.
     """
     least = default_min_bytes() if min_bytes is None else min_bytes
-    graph = Graph(obj, _PRIVATE, lambda leaf: _is_worth_it(leaf, least))
+    graph = Graph(obj, _PRIVATE, functools.partial(_is_worth_it, least))
     if not graph.leaves:
         return obj
     shared = publish(graph.leaves, arena, timeout, readers)
@@ -110,7 +117,7 @@ def wrap(
     return result
 
 
-def _is_worth_it(leaf: Any, least: int) -> bool:
+def _is_worth_it(least: int, leaf: Any) -> bool:
     if type(leaf) is not torch.Tensor:
         return leaf.nbytes >= least and storable_array(leaf)
     nbytes = leaf.numel() * leaf.itemsize

@@ -33,8 +33,6 @@ _T = TypeVar("_T")
 class _InPlace:
     """A container that can be changed."""
 
-    anew = False
-
     def values(self, obj: Any) -> Iterable[Any]:
         """What it contains."""
         raise NotImplementedError
@@ -170,8 +168,6 @@ class _Several(_InPlace):
 class _Tuple:
     """A tuple, named or not."""
 
-    anew = True
-
     def values(self, obj: Any) -> Iterable[Any]:
         values: Iterable[Any] = obj
         return values
@@ -188,8 +184,6 @@ class _Tuple:
 
 
 class _FrozenSet:
-    anew = True
-
     def values(self, obj: Any) -> Iterable[Any]:
         return tuple(obj)
 
@@ -205,8 +199,6 @@ class _Flattened(tuple[Any, ...]):
 
 class _Registered:
     """A class whose user says how to take it apart and make it again."""
-
-    anew = True
 
     def __init__(
         self, flatten: Callable[[Any], tuple[Sequence[Any], Any]], unflatten: Callable[[list[Any], Any], Any]
@@ -227,24 +219,19 @@ class _Registered:
 class _Frozen:
     """An object whose attributes are not to be changed: a copy of it is."""
 
-    anew = True
-
     def __init__(self, copy: Callable[[Any], Any], attributes: _InPlace) -> None:
         self.copy = copy
         self.attributes = attributes
         self.values = attributes.values
 
 
-class _Leaf:
-    anew = False
-
-    def values(self, obj: Any) -> Iterable[Any]:
-        return ()
+class _Leaf(_InPlace):
+    """No container: what is looked for."""
 
 
 _LEAF = _Leaf()
 _Anew = _Tuple | _FrozenSet | _Registered
-_Kind = _InPlace | _Anew | _Frozen | _Leaf | None
+_Kind = _InPlace | _Anew | _Frozen | None
 
 
 # ---- which class is what
@@ -417,16 +404,20 @@ def _copy_of_frozen(obj: Any) -> Any:
 # ---- the walk
 
 
-class _Node:
-    """One container that was met with something inside, and, if it is to be made anew, what contains it."""
+class _ToMakeAnew:
+    """A container that cannot be changed, what was in it, and what contains it."""
 
     __slots__ = ("kind", "obj", "owners", "values")
 
-    def __init__(self, obj: Any, kind: Any, values: Iterable[Any]) -> None:
-        self.obj = obj
+    def __init__(self, kind: _Anew | _Frozen, obj: Any, values: Iterable[Any], owner: _Owner) -> None:
         self.kind = kind
+        self.obj = obj
         self.values = values
-        self.owners: list[_Node] = []
+        self.owners = [owner]
+
+
+# What contains something; a container that can be changed is told by itself, and the caller by None.
+_Owner = _ToMakeAnew | tuple[_InPlace, Any] | None
 
 
 class Graph:
@@ -451,43 +442,43 @@ class Graph:
         """Look at everything; change nothing."""
         self._root = root
         self.leaves: list[Any] = []
-        # By id: nodes and leaves keep the objects alive.
-        self._owners: dict[int, list[_Node]] = {}
-        self._nodes: dict[int, _Node] = {}
+        # By id, which no other object gets while these are alive; leaves are kept by the list of them.
+        self._owners: dict[int, list[_Owner]] = {}
+        self._met: dict[int, _Owner] = {}
         self._look(kinds, wanted)
 
     def _look(self, kinds: Kinds, wanted: Callable[[Any], bool] | None) -> None:
-        known, empty, nodes, owners = kinds.known, kinds.empty, self._nodes, self._owners
-        stack = [_Node(None, _SEQUENCE, (self._root,))]
-        while stack:
-            node = stack.pop()
-            met: list[_Node] = []
+        known, has_nothing, met, owners = kinds.known, kinds.empty.issuperset, self._met, self._owners
+        queue: list[tuple[_Owner, Iterable[Any]]] = [(None, (self._root,))]
+        for owner, values in queue:
             # A copy, because it may be changed by others meanwhile.
-            for value in tuple(node.values):
-                cls = type(value)
-                kind = known[cls] if cls in known else kinds.learn(cls)
+            for value in tuple(values):
+                try:
+                    kind = known[type(value)]
+                except KeyError:
+                    kind = kinds.learn(type(value))
                 if kind is None:
                     continue
                 key = id(value)
                 if kind is _LEAF:
                     if key in owners:
-                        owners[key].append(node)
+                        owners[key].append(owner)
                     elif wanted is None or wanted(value):
-                        owners[key] = [node]
+                        owners[key] = [owner]
                         self.leaves.append(value)
                     continue
-                child = nodes.get(key)
-                if child is None:
-                    values = kind.values(value)
-                    # Most containers have nothing inside that matters: numbers, strings.
-                    if empty.issuperset(map(type, values)):
-                        continue
-                    child = nodes[key] = _Node(value, kind, values)
-                    met.append(child)
-                if kind.anew:
-                    child.owners.append(node)
-            met.reverse()
-            stack += met
+                if key in met:
+                    container = met[key]
+                    if isinstance(container, _ToMakeAnew):
+                        container.owners.append(owner)
+                    continue
+                inside = kind.values(value)
+                # Most containers have nothing inside that matters: numbers, strings.
+                if has_nothing(map(type, inside)):
+                    continue
+                container = (kind, value) if isinstance(kind, _InPlace) else _ToMakeAnew(kind, value, inside, owner)
+                met[key] = container
+                queue.append((container, inside))
 
     def replaced(self, new: dict[int, Any]) -> Any:
         """Put other objects in the places of leaves.
@@ -507,36 +498,42 @@ class Graph:
         TypeError
             A container cannot be made anew. Then nothing has been changed.
         """
-        touched: dict[_Node, None] = {}
-        work = [node for key in new for node in self._owners.get(key, ())]
+        touched: dict[int, _Owner] = {}
+        work = [owner for key in new for owner in self._owners.get(key, ())]
         # What is made anew changes what contains it, and so on upwards.
         while work:
-            node = work.pop()
-            if node not in touched:
-                touched[node] = None
-                work += node.owners
+            owner = work.pop()
+            if id(owner) not in touched:
+                touched[id(owner)] = owner
+                if isinstance(owner, _ToMakeAnew):
+                    work += owner.owners
         new = dict(new)
         done: list[_Done] = []
         try:
-            self._make_anew([node for node in touched if node.kind.anew], new)
-            for node in touched:
-                if not node.kind.anew and node.obj is not None:
-                    node.kind.replace(node.obj, new, done)
+            self._make_anew([owner for owner in touched.values() if isinstance(owner, _ToMakeAnew)], new)
+            for owner in touched.values():
+                if isinstance(owner, tuple):
+                    kind, obj = owner
+                    kind.replace(obj, new, done)
         except BaseException:
-            for kind, obj, key, before, after in reversed(done):
-                kind.put(obj, key, after, before)
+            for kind, obj, place, before, after in reversed(done):
+                kind.put(obj, place, after, before)
             raise
         return new.get(id(self._root), self._root)
 
-    def _make_anew(self, nodes: list[_Node], new: dict[int, Any]) -> None:
-        copies = [node for node in nodes if type(node.kind) is _Frozen]
-        for node in copies:
-            new[id(node.obj)] = node.kind.copy(node.obj)
-        waiting = {id(node.obj): node for node in nodes if type(node.kind) is not _Frozen}
+    def _make_anew(self, containers: list[_ToMakeAnew], new: dict[int, Any]) -> None:
+        waiting: dict[int, tuple[_Anew, _ToMakeAnew]] = {}
+        copies: list[tuple[_InPlace, Any]] = []
+        for one in containers:
+            if isinstance(one.kind, _Frozen):
+                new[id(one.obj)] = one.kind.copy(one.obj)
+                copies.append((one.kind.attributes, new[id(one.obj)]))
+            else:
+                waiting[id(one.obj)] = one.kind, one
         begun: set[int] = set()
         stack = list(waiting.values())
         while stack:
-            node = stack[-1]
+            kind, node = stack[-1]
             key = id(node.obj)
             if key in new:
                 stack.pop()
@@ -544,7 +541,7 @@ class Graph:
             first = [waiting[id(one)] for one in node.values if id(one) in waiting and id(one) not in new]
             if not first:
                 values = [new.get(id(value), value) for value in node.values]
-                new[key] = node.kind.again(node.obj, node.values, values)
+                new[key] = kind.again(node.obj, node.values, values)
                 stack.pop()
             elif key in begun:
                 raise TypeError(
@@ -554,5 +551,5 @@ class Graph:
             else:
                 begun.add(key)
                 stack += first
-        for node in copies:
-            node.kind.attributes.replace(new[id(node.obj)], new, [])
+        for attributes, copy in copies:
+            attributes.replace(copy, new, [])

@@ -81,6 +81,12 @@ class Subclass(torch.Tensor):
     pass
 
 
+def nested_tensor(tensor):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        return torch.nested.nested_tensor([tensor, tensor[:5]])
+
+
 def unusual_tensors():
     tensor = torch.rand(200, 200)
     return {
@@ -88,6 +94,7 @@ def unusual_tensors():
         "parameter": torch.nn.Parameter(tensor),
         "subclass": tensor.as_subclass(Subclass),
         "sparse": tensor.to_sparse(),
+        "nested": nested_tensor(tensor),
         "another device": torch.empty(200, 200, device="meta"),
         "one element, repeated": torch.zeros(1).expand(200, 200),
         "array of objects": np.array([object()] * 20_000),
