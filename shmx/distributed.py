@@ -1,0 +1,489 @@
+"""Collectives of Python objects whose tensors stay out of the network inside a host.
+
+``broadcast_object_list`` has the signature of ``torch.distributed.broadcast_object_list``. The ranks of the source's
+host get handles. The bytes of the tensors cross once to every other host, point to point through the process group;
+the first rank there publishes them again for its neighbours. torch.distributed is the only network engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import io
+import logging
+import os
+import pickle
+import struct
+import weakref
+from collections import ChainMap, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shmx._core import SharedTensor, readers
+from shmx.arena import default_arena, discard, empty, share
+from shmx.errors import ArenaFullError, InvalidHandleError
+
+__all__ = ["agree", "broadcast_object_list"]
+
+_logger = logging.getLogger("shmx")
+
+# The first message of a broadcast is as long as this, whatever is in it: receivers cannot know better. The handles of
+# about 60 tensors fit.
+_FIRST_BYTES = 8 << 10
+# Bytes of everything that follows.
+_HEADER = struct.Struct("<Q")
+_FIRST_CONTENT = _FIRST_BYTES - _HEADER.size
+_MIN_BYTES = 64 << 10
+_NOTHING_LEAVES = 1 << 62
+# Messages of a group that are remembered in case it breaks; older ones have long been loaded.
+_REMEMBERED = 64
+
+_DTYPES = {
+    *(torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128),
+    *(torch.bool, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+}
+
+
+def broadcast_object_list(
+    object_list: list[Any],
+    src: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str | None = None,
+    group_src: int | None = None,
+    *,
+    min_bytes: int = _MIN_BYTES,
+    on_error: str = "raise",
+) -> None:
+    """Broadcast picklable objects from one rank; as ``torch.distributed.broadcast_object_list``.
+
+    Large CPU tensors and numpy arrays in the objects, at any depth, leave the pickle: they are copied once into the
+    arena of the source, and every rank copies them out into private, writable, contiguous memory. Nothing waits for
+    that, and nobody needs a barrier. ``SharedTensor`` objects stay handles; on other hosts they are handles of copies.
+
+    Parameters
+    ----------
+    object_list
+        The objects to send on the source; as many of anything on the other ranks, where they are replaced.
+    src
+        Global rank of the source; 0 if neither this nor ``group_src`` is given.
+    group
+        The process group; the default group if not given. All its ranks must call. The first call asks every rank
+        which host it is on.
+    device
+        Where the messages of the collective live; by default the current accelerator for a group that has no CPU
+        backend.
+    group_src
+        Rank of the source in ``group``, instead of ``src``.
+    min_bytes
+        Tensors of so many bytes and more leave the pickle. Those that require grad, are not contiguous, or are not
+        exactly a ``torch.Tensor`` or an ``ndarray`` stay in it, and so does everything while the arena is full.
+    on_error
+        What becomes of an object that cannot be restored on this rank. ``"raise"``: its error is raised once the
+        others have been restored. ``"return"``: the error takes its place; see :func:`agree`.
+
+    Raises
+    ------
+    ValueError
+        The source sent another number of objects than this rank has room for; ``on_error`` is neither of the two.
+    SegmentLostError, TooManyPeersError
+        Somebody removed the arena meanwhile; 64 processes use it.
+    RuntimeError
+        A rank is gone, from torch.distributed. Messages of this group that were announced and not loaded are given up.
+    """
+    if on_error not in ("raise", "return"):
+        raise ValueError(f"on_error={on_error!r} is neither 'raise' nor 'return'")
+    group = group if group is not None else dist.group.WORLD
+    if group is None:
+        raise ValueError("torch.distributed is not initialized; call init_process_group first")
+    if src is not None and group_src is not None:
+        raise ValueError("give src, a global rank, or group_src, a rank in the group, not both")
+    rank = dist.get_rank(group)
+    if rank < 0:
+        return
+    if group_src is None:
+        group_src = dist.get_group_rank(group, src or 0)
+    channel = _Channel(group, device)
+    if rank == group_src:
+        _send(channel, object_list, min_bytes)
+        return
+    sent = _receive(channel, group_src)
+    if len(sent) != len(object_list):
+        raise ValueError(
+            f"rank {group_src} broadcast {len(sent)} objects, this rank has room for {len(object_list)}; "
+            "give lists of equal length"
+        )
+    errors = []
+    for index, load in enumerate(sent):
+        try:
+            object_list[index] = load()
+        # Whatever an object raises when it is restored is that object's failure.
+        except Exception as error:
+            object_list[index] = error
+            errors.append(error)
+    if errors and on_error == "raise":
+        raise errors[0]
+
+
+def agree(
+    failed: Sequence[bool], group: dist.ProcessGroup | None = None, device: torch.device | str | None = None
+) -> list[bool]:
+    """Which requests have failed on any rank: one reduction, the same answer everywhere.
+
+    Parameters
+    ----------
+    failed
+        For each request whether it has failed on this rank; all ranks give lists of equal length.
+    group, device
+        As of :func:`broadcast_object_list`.
+
+    Returns
+    -------
+    list of bool
+        For each request whether it has failed on any rank of the group.
+    """
+    group = group if group is not None else dist.group.WORLD
+    mask = torch.tensor([bool(one) for one in failed], dtype=torch.int32, device=_device(group, device))
+    if mask.numel():
+        dist.all_reduce(mask, op=dist.ReduceOp.MAX, group=group)
+    return [one != 0 for one in mask.tolist()]
+
+
+# ---- groups ----
+
+
+@dataclass(frozen=True)
+class _Hosts:
+    """Which ranks of a group are on which host, by rank in the group."""
+
+    ranks: tuple[tuple[int, ...], ...]
+
+    def neighbours(self, rank: int) -> tuple[int, ...]:
+        """All ranks on the host of ``rank``, in order."""
+        return next(host for host in self.ranks if rank in host)
+
+    def leaders(self, source: int) -> list[int]:
+        """The first rank of every host that is not the source's."""
+        return [host[0] for host in self.ranks if source not in host]
+
+
+def _host() -> tuple[Any, ...]:
+    """What processes have in common that can open each other's segments."""
+    shm = os.stat("/dev/shm")
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), shm.st_dev, shm.st_ino, os.geteuid()
+
+
+class _Known:
+    """What this process knows of a group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, _host(), group=group)
+        ranks: dict[Any, list[int]] = {}
+        for rank, host in enumerate(everyone):
+            ranks.setdefault(host, []).append(rank)
+        self.hosts = _Hosts(tuple(tuple(host) for host in ranks.values()))
+        self.sent: deque[bytes] = deque(maxlen=_REMEMBERED)
+
+
+# Values that referred to their group would keep it alive, with its sockets and threads.
+_known: weakref.WeakKeyDictionary[dist.ProcessGroup, _Known] = weakref.WeakKeyDictionary()
+
+
+class _Channel:
+    """One call's way to the other ranks of a group."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device | str | None) -> None:
+        self.group = group
+        self.device = _device(group, device)
+        self.rank = dist.get_rank(group)
+        if group not in _known:
+            _known[group] = _Known(group)
+        self.hosts = _known[group].hosts
+        self._sent = _known[group].sent
+
+    def announce(self, handles: Sequence[SharedTensor | None], loads: int) -> bytes:
+        """A pickle of handles that so many ranks will load."""
+        with readers(loads):
+            blob = pickle.dumps(handles)
+        if loads and handles:
+            self._sent.append(blob)
+        return blob
+
+    @contextlib.contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """Take back what the ranks of a group that breaks in here will not load."""
+        try:
+            yield
+        except RuntimeError:
+            while self._sent:
+                discard(self._sent.pop())
+            raise
+
+    def broadcast(self, content: bytes) -> None:
+        """Send bytes from this rank to all: one collective if they are few."""
+        first = torch.empty(_FIRST_BYTES, dtype=torch.uint8)
+        head = _HEADER.pack(len(content)) + content[:_FIRST_CONTENT]
+        first[: len(head)] = _tensor_of(head)
+        self._broadcast(first, self.rank)
+        if len(content) > _FIRST_CONTENT:
+            self._broadcast(_tensor_of(content[_FIRST_CONTENT:]), self.rank)
+
+    def take_broadcast(self, source: int) -> memoryview:
+        """The bytes that the source broadcasts."""
+        first = self._broadcast(torch.empty(_FIRST_BYTES, dtype=torch.uint8), source).numpy().data
+        (size,) = _HEADER.unpack_from(first)
+        content = first[_HEADER.size :]
+        if size <= _FIRST_CONTENT:
+            return content[:size]
+        rest = self._broadcast(torch.empty(size - _FIRST_CONTENT, dtype=torch.uint8), source)
+        return memoryview(b"".join((content, rest.numpy().data)))
+
+    def _broadcast(self, data: torch.Tensor, source: int) -> torch.Tensor:
+        moved = data.to(self.device)
+        dist.broadcast(moved, group_src=source, group=self.group)
+        return moved.cpu()
+
+    def start_send(self, data: torch.Tensor, to: int) -> tuple[Any, torch.Tensor]:
+        """Begin to send the bytes of a tensor; the result is to be waited for, and kept until then."""
+        moved = _bytes_of(data).to(self.device)
+        return dist.isend(moved, group_dst=to, group=self.group), moved
+
+    def receive_into(self, data: torch.Tensor, source: int) -> None:
+        """Receive the bytes of a contiguous tensor."""
+        if not data.nbytes:
+            return
+        flat = _bytes_of(data)
+        moved = flat if self.device.type == "cpu" else torch.empty_like(flat, device=self.device)
+        dist.recv(moved, group_src=source, group=self.group)
+        if moved is not flat:
+            flat.copy_(moved)
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _tensor_of(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _device(group: dist.ProcessGroup | None, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    # "cpu:gloo,cuda:nccl", or the name of a backend.
+    backend = str(dist.get_backend_config(group))
+    accelerator = torch.accelerator.current_accelerator()
+    if "cpu:" in backend or accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+# ---- the source ----
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles one object without the bytes of its large tensors and arrays, which go into `taken`."""
+
+    def __init__(self, stream: io.BytesIO, min_bytes: int, taken: list[Any]) -> None:
+        super().__init__(stream, pickle.HIGHEST_PROTOCOL, buffer_callback=self._keep_inline)
+        # By exact type: asking for every integer of a prompt would cost more than the rest.
+        mine: Any = {torch.Tensor: self._reduce_tensor, SharedTensor: self._take}
+        self.dispatch_table = ChainMap(mine, copyreg.dispatch_table)
+        self._min_bytes = min_bytes
+        self._taken = taken
+        self.arrays: list[int] = []
+
+    def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
+        leaves = (
+            tensor.is_cpu
+            and tensor.layout is torch.strided
+            and tensor.dtype in _DTYPES
+            and tensor.nbytes >= self._min_bytes
+            and tensor.is_contiguous()
+            and not tensor.requires_grad
+            and not tensor.is_conj()
+            and not tensor.is_neg()
+        )
+        return self._take(tensor) if leaves else tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]
+
+    def _keep_inline(self, buffer: pickle.PickleBuffer) -> bool:
+        memory = buffer.raw()
+        if memory.readonly or memory.nbytes < self._min_bytes:
+            return True
+        _, (number,) = self._take(torch.frombuffer(memory, dtype=torch.uint8))
+        self.arrays.append(number)
+        return False
+
+    def _take(self, value: SharedTensor | torch.Tensor) -> tuple[Any, tuple[int]]:
+        self._taken.append(value)
+        return _taken, (len(self._taken) - 1,)
+
+
+def _taken(number: int) -> Any:
+    """Stands in a pickle for a tensor that has left it; the unpickler answers this name itself."""
+    raise InvalidHandleError(f"tensor {number} travelled beside this pickle, which shmx.distributed alone can load")
+
+
+def _pickled(objects: Sequence[Any], min_bytes: int) -> tuple[list[tuple[bytes, list[int]]], list[Any]]:
+    taken: list[Any] = []
+    streams = []
+    for value in objects:
+        stream = io.BytesIO()
+        pickler = _Pickler(stream, max(min_bytes, 1), taken)
+        pickler.dump(value)
+        streams.append((stream.getvalue(), pickler.arrays))
+    return streams, taken
+
+
+def _send(channel: _Channel, objects: Sequence[Any], min_bytes: int) -> None:
+    streams, taken = _pickled(objects, min_bytes)
+    try:
+        handles = _publish(taken)
+    except ArenaFullError as error:
+        _logger.warning("the tensors of a broadcast stay inline: %s", error)
+        streams, taken = _pickled(objects, _NOTHING_LEAVES)
+        handles = _publish(taken)
+    neighbours = channel.hosts.neighbours(channel.rank)
+    leaders = channel.hosts.leaders(channel.rank)
+    # What other hosts have to make room for.
+    shapes = [(handle.shape, handle.dtype) if handle.is_available else None for handle in handles] if leaders else None
+    kinds = [isinstance(value, SharedTensor) for value in taken]
+    local = channel.announce(handles, len(neighbours) - 1)
+    content = pickle.dumps((streams, kinds, local, shapes), pickle.HIGHEST_PROTOCOL)
+    with channel.unbroken():
+        channel.broadcast(content)
+        under_way = [
+            channel.start_send(handle.view(), leader)
+            for leader in leaders
+            for handle in handles
+            if handle.is_available and handle.nbytes
+        ]
+        for work, _ in under_way:
+            work.wait()
+
+
+def _publish(taken: Sequence[Any]) -> list[SharedTensor]:
+    """Handles of tensors, which share a block, and of what are handles already."""
+    tensors = [value for value in taken if not isinstance(value, SharedTensor)]
+    published = iter(default_arena().share_many(tensors) if tensors else ())
+    return [value if isinstance(value, SharedTensor) else next(published) for value in taken]
+
+
+# ---- the other ranks ----
+
+
+class _Unpickler(pickle.Unpickler):
+    """Restores one object from its pickle and the tensors that came beside it."""
+
+    def __init__(
+        self,
+        stream: bytes,
+        arrays: Sequence[int],
+        kinds: Sequence[bool],
+        tensors: Sequence[SharedTensor | torch.Tensor],
+    ) -> None:
+        super().__init__(io.BytesIO(stream), buffers=self._memory(arrays))
+        self._kinds = kinds
+        self._tensors = tensors
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == (__name__, _taken.__name__):
+            return self._restore
+        return super().find_class(module, name)
+
+    def _restore(self, number: int) -> Any:
+        tensor = self._tensors[number]
+        if self._kinds[number] or not isinstance(tensor, SharedTensor):
+            return tensor
+        return tensor.materialize()
+
+    def _memory(self, arrays: Sequence[int]) -> Iterator[Any]:
+        for number in arrays:
+            yield self._restore(number).numpy().data
+
+
+class _Load:
+    """One object that is restored when it is called."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments = arguments
+
+    def __call__(self) -> Any:
+        return _Unpickler(*self._arguments).load()
+
+
+def _receive(channel: _Channel, source: int) -> list[_Load]:
+    with channel.unbroken():
+        streams, kinds, local, shapes = pickle.loads(channel.take_broadcast(source))
+        tensors = _receive_tensors(channel, source, local, shapes) if kinds else []
+    return [_Load(stream, arrays, kinds, tensors) for stream, arrays in streams]
+
+
+def _receive_tensors(
+    channel: _Channel, source: int, local: bytes, shapes: Sequence[Any]
+) -> list[SharedTensor | torch.Tensor]:
+    neighbours = channel.hosts.neighbours(channel.rank)
+    if source in neighbours:
+        handles: list[SharedTensor | torch.Tensor] = pickle.loads(local)
+        return handles
+    if channel.rank == neighbours[0]:
+        return _republish(channel, source, neighbours[1:], local, shapes)
+    return _take_over(channel, neighbours[0], shapes)
+
+
+def _republish(
+    channel: _Channel, source: int, others: Sequence[int], local: bytes, shapes: Sequence[Any]
+) -> list[SharedTensor | torch.Tensor]:
+    """Receive the bytes from another host and publish them on this one."""
+    # Those without data keep their reason.
+    tensors: list[Any] = pickle.loads(local)
+    for number, meta in enumerate(shapes):
+        if meta is not None:
+            tensors[number] = _receive_tensor(channel, source, *meta)
+    handles = [tensor if isinstance(tensor, SharedTensor) else None for tensor in tensors]
+    blob = channel.announce(handles, len(others))
+    inline = [tensor for tensor in tensors if not isinstance(tensor, SharedTensor) and tensor.nbytes]
+    under_way = [
+        channel.start_send(content, other)
+        for other in others
+        for content in (torch.tensor([len(blob)]), _tensor_of(blob), *inline)
+    ]
+    for work, _ in under_way:
+        work.wait()
+    return tensors
+
+
+def _receive_tensor(
+    channel: _Channel, source: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> SharedTensor | torch.Tensor:
+    try:
+        memory = empty(shape, dtype=dtype)
+    except ArenaFullError as error:
+        # It has been sent, so it must be received.
+        _logger.warning("a tensor from another host goes on inline: %s", error)
+        memory = torch.empty(shape, dtype=dtype)
+        channel.receive_into(memory, source)
+        return memory
+    channel.receive_into(memory, source)
+    return share(memory)
+
+
+def _take_over(channel: _Channel, leader: int, shapes: Sequence[Any]) -> list[SharedTensor | torch.Tensor]:
+    """What the first rank of this host has published, or sends inline."""
+    size = torch.empty(1, dtype=torch.int64)
+    channel.receive_into(size, leader)
+    blob = torch.empty(int(size.item()), dtype=torch.uint8)
+    channel.receive_into(blob, leader)
+    tensors: list[Any] = pickle.loads(blob.numpy().data)
+    for number, tensor in enumerate(tensors):
+        if tensor is None:
+            shape, dtype = shapes[number]
+            tensors[number] = torch.empty(shape, dtype=dtype)
+            channel.receive_into(tensors[number], leader)
+    return tensors
