@@ -1,0 +1,382 @@
+"""The real SGLang, driven as its engine drives it: a tokenizer's sends, and ranks that receive.
+
+SGLang imports everything that it may ever need. Packages that are not installed here are answered by empty modules;
+SGLang's own modules all run as they are. What only a launched server knows (its configuration, its groups) is stated.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import importlib.util
+import os
+import random
+import sys
+import warnings
+import zlib
+from array import array
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import shmx
+from tests.children import BOUND
+from tests.patterns import is_pattern, pattern
+
+VERSION = "0.5.23"
+# What it imports and a CPU needs not.
+_NOT_NEEDED = frozenset(
+    (
+        "torchvision sgl_kernel flashinfer torchaudio torchao torchcodec decord decord2 flash_attn quack cutlass "
+        "nvidia_cutlass_dsl sgl_deep_gemm deep_gemm tilelang outlines llguidance timm soundfile av modelscope blobfile "
+        "gguf hf_transfer kernels sglang_router smg_grpc_servicer smg_grpc_proto mooncake flash_attn_4 quixicore"
+    ).split()
+)
+_LAZY = (
+    "AutoProcessor AutoConfig AutoTokenizer AutoImageProcessor PretrainedConfig PreTrainedTokenizerBase "
+    "ProcessorMixin BatchFeature"
+).split()
+
+
+def why_not() -> str | None:
+    """Why its functions cannot run here."""
+    for name in ("sglang", "transformers", "orjson", "zmq"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed; docs/sglang.md has the command"
+    found = importlib.metadata.version("sglang")
+    return None if found == VERSION else f"sglang {found} is installed, not {VERSION}"
+
+
+class _Nothing(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Nothing(name, (), {})
+
+    def __getitem__(cls, key: object) -> Any:
+        return cls
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else _Nothing(cls.__name__, (), {})
+
+
+class _Empty(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = _Nothing(name, (), {})
+        setattr(self, name, value)
+        return value
+
+
+class _EmptyModules(MetaPathFinder, Loader):
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        if name.partition(".")[0] not in _NOT_NEEDED:
+            return None
+        spec = ModuleSpec(name, self, is_package=True)
+        spec.submodule_search_locations = []
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Empty(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+@cache
+def load() -> SimpleNamespace:
+    """SGLang's modules by short names; takes seconds in a process that has not imported them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import transformers
+
+        # These ask what is installed, and must be told the truth.
+        for name in _LAZY:
+            getattr(transformers, name)
+        sys.meta_path.append(_EmptyModules())
+        from sglang.srt import runtime_context
+        from sglang.srt.managers import io_struct, mm_utils, schedule_batch, scheduler_pp_mixin
+        from sglang.srt.managers.scheduler_components import request_receiver
+        from sglang.srt.sampling.sampling_params import SamplingParams
+        from sglang.srt.utils import common
+    return SimpleNamespace(
+        context=runtime_context,
+        io=io_struct,
+        mm=mm_utils,
+        batch=schedule_batch,
+        pipeline=scheduler_pp_mixin,
+        receiver=request_receiver,
+        common=common,
+        SamplingParams=SamplingParams,
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks of an engine: `tp` in each of `pp` pipeline stages, in `dp` attention groups."""
+
+    tp: int
+    dp: int = 1
+    pp: int = 1
+    nodes: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp
+
+
+def configure(nodes: int = 1) -> SimpleNamespace:
+    """The package, with what its server would have published."""
+    sgl = load()
+    torch.set_num_threads(1)
+    sgl.context.get_parallel().override_permanently(nnodes=nodes, dp_size=1, attn_dp_size=1)
+    sgl.mm.get_serving = lambda: SimpleNamespace(skip_tokenizer_init=False)
+    sgl.receiver.get_disagg = lambda: SimpleNamespace(language_only=False)
+    return sgl
+
+
+# ---- the tokenizer ----
+
+
+def request(number: int, tensors: list[torch.Tensor], hashes: bool = True) -> Any:
+    """A request with an image for each tensor."""
+    sgl = load()
+    items = [
+        sgl.batch.MultimodalDataItem(
+            modality=sgl.batch.Modality.IMAGE, feature=tensor, hash=number * 1000 + index + 1 if hashes else None
+        )
+        for index, tensor in enumerate(tensors)
+    ]
+    return sgl.io.TokenizedGenerateReqInput(
+        rid=str(number),
+        input_text="",
+        input_ids=array("q", [1, 2, 3]),
+        input_embeds=None,
+        mm_inputs=sgl.batch.MultimodalProcessorOutput(mm_items=items),
+        token_type_ids=None,
+        sampling_params=sgl.SamplingParams(),
+        return_logprob=False,
+        logprob_start_len=0,
+        top_logprobs_num=0,
+        token_ids_logprob=None,
+        stream=False,
+    )
+
+
+def sample_of(original: Any) -> Any:
+    """What the tokenizer sends for one of n samples: items of their own, the same tensors."""
+    same = copy.copy(original)
+    same.mm_inputs = copy.copy(original.mm_inputs)
+    same.mm_inputs.mm_items = [copy.copy(item) for item in original.mm_inputs.mm_items]
+    return same
+
+
+def wrapped(sgl: SimpleNamespace, original: Any) -> Any:
+    one = sgl.mm.wrap_shm_features(original)
+    one.wrap_pickle_fields()
+    return one
+
+
+def features_of(number: int, count: int, size: int) -> list[torch.Tensor]:
+    return [pattern(number * 16 + index, size).reshape(-1, 16) for index in range(count)]
+
+
+def address(folder: Path, group: int) -> str:
+    return f"ipc://{folder}/tokenizer-{group}"
+
+
+def tokenize(connection, folder, layout, numbers, samples, count, size, on_shmx):
+    """Send every request to its attention group; returns how many features went inline, and the largest message."""
+    import zmq
+
+    from shmx.integrations import sglang as integration
+
+    sgl = configure(layout.nodes)
+    if on_shmx:
+        integration.install()
+    inline, largest = 0, 0
+    with zmq.Context() as context:
+        sockets = [context.socket(zmq.PUSH) for _ in range(layout.dp)]
+        for group, socket in enumerate(sockets):
+            socket.set(zmq.SNDHWM, 0)
+            socket.bind(address(folder, group))
+        for number in numbers:
+            tokenized = request(number, features_of(number, count, size))
+            for _ in range(samples):
+                one = wrapped(sgl, sample_of(tokenized) if samples > 1 else tokenized)
+                inline += sum(isinstance(item.feature, torch.Tensor) for item in one.mm_inputs.mm_items)
+                largest = max(largest, len(sgl.io.msgpack_encode(one)) if not on_shmx else 0)
+                sgl.io.sock_send(sockets[number % layout.dp], one)
+        connection.send("sent")
+        connection.recv()
+        for socket in sockets:
+            socket.close(linger=int(BOUND * 1000))
+    return inline, largest
+
+
+# ---- the ranks ----
+
+
+class Group(SimpleNamespace):
+    """As SGLang's GroupCoordinator, as far as requests go."""
+
+
+def _group(rank: int, lists: list[list[int]]) -> Group:
+    mine = None
+    for ranks in lists:
+        made = dist.new_group(ranks, backend="gloo", timeout=datetime.timedelta(seconds=BOUND))
+        if rank in ranks:
+            mine = Group(
+                rank=rank, ranks=ranks, cpu_group=made, world_size=len(ranks), rank_in_group=ranks.index(rank)
+            )
+    assert mine is not None
+    return mine
+
+
+class Engine:
+    """One scheduler rank: its groups, and a receiver of requests."""
+
+    def __init__(self, folder: Path, layout: Layout, rank: int, context: Any, method: str = "file") -> None:
+        self.sgl = configure(layout.nodes)
+        self.layout = layout
+        self.rank = rank
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        init = f"file://{folder}/gloo" if method == "file" else method
+        dist.init_process_group(
+            "gloo",
+            init_method=init,
+            rank=rank,
+            world_size=layout.world,
+            timeout=datetime.timedelta(seconds=BOUND),
+        )
+        tp, attention = layout.tp, layout.tp // layout.dp
+        self.stage, inside = divmod(rank, tp)
+        world = _group(rank, [list(range(layout.world))])
+        groups = {
+            "tp_group": _group(rank, [list(range(s * tp, (s + 1) * tp)) for s in range(layout.pp)]),
+            "attn_tp_group": _group(
+                rank, [list(range(s, s + attention)) for s in range(0, layout.world, attention)]
+            ),
+            "attn_cp_group": _group(rank, [[one] for one in range(layout.world)]),
+        }
+        sgl = self.sgl
+        sgl.context.get_parallel().override_permanently(
+            tp_size=tp,
+            pp_size=layout.pp,
+            attn_dp_size=layout.dp,
+            attn_tp_size=attention,
+            attn_cp_size=1,
+            attn_dp_enabled=layout.dp > 1,
+            tp_rank=inside,
+            pp_rank=self.stage,
+            attn_dp_rank=inside // attention,
+            attn_tp_rank=inside % attention,
+            attn_cp_rank=0,
+            world_group=world,
+            enable_dp_attention_local_control_broadcast=True,
+            **groups,
+        )
+        self.world = SimpleNamespace(world_group=world)
+        self.leads = self.stage == 0 and inside % attention == 0
+        self.attention_group = inside // attention
+        import zmq
+
+        requests, rpc = context.socket(zmq.PULL), context.socket(zmq.PULL)
+        self.sockets = (requests, rpc)
+        if self.leads:
+            requests.connect(address(folder, self.attention_group))
+        self.receiver = sgl.receiver.SchedulerRequestReceiver(
+            recv_from_tokenizer=requests,
+            recv_from_rpc=rpc,
+            recv_skipper=None,
+            input_blocker=None,
+            mm_receiver=None,
+            server_args=None,
+            model_config=SimpleNamespace(is_multimodal=True),
+            max_recv_per_poll=-1,
+            stream_output=lambda *_: None,
+            get_last_batch=lambda: None,
+        )
+
+    def step(self) -> list[Any]:
+        """One turn of the event loop, as far as requests go."""
+        received = self.receiver.recv_requests()
+        if self.stage + 1 < self.layout.pp:
+            self.sgl.pipeline.SchedulerPPMixin._pp_send_pyobj_to_next_stage(self.world, received)
+        return received
+
+    def close(self) -> None:
+        for socket in self.sockets:
+            socket.close(linger=0)
+        dist.destroy_process_group()
+
+
+def dawdle(seed: int, work: int) -> Any:
+    """Make materializing as late as chance has it."""
+    choose = random.Random(seed)
+
+    def late(unwrap: Any) -> Any:
+        def unwrap_shm_features(one: Any) -> Any:
+            for _ in range(choose.randrange(work)):
+                zlib.crc32(bytes(32 << 10))
+            return unwrap(one)
+
+        return unwrap_shm_features
+
+    return late
+
+
+def judge(sgl: SimpleNamespace, one: Any, count: int, size: int) -> str:
+    """What became of a received request; writes over its features, which nobody else may see."""
+    if isinstance(one.mm_inputs, sgl.io.MMInputsProcessError):
+        return "lost"
+    number = int(one.rid)
+    features = [item.feature for item in one.mm_inputs.mm_items]
+    if len(features) != count or not all(type(feature) is torch.Tensor for feature in features):
+        return "not unwrapped"
+    right = all(
+        feature.nbytes == size and is_pattern(feature.reshape(-1), number * 16 + index)
+        for index, feature in enumerate(features)
+    )
+    for feature in features:
+        feature.fill_(-1)
+    return "right" if right else "wrong"
+
+
+def serve(connection, folder, layout, rank, expected, count, size, on_shmx, barrier, work):
+    """Receive `expected` requests of this rank's attention group; what became of them, and what was waited for."""
+    import zmq
+
+    from shmx.integrations import sglang as integration
+
+    sgl = configure(layout.nodes)
+    if on_shmx:
+        integration.install()
+    barriers = 0
+    original = sgl.receiver.barrier
+    if barrier == "none":
+        sgl.receiver.barrier = lambda group: None
+    sgl.receiver.unwrap_shm_features = dawdle(rank, work)(sgl.receiver.unwrap_shm_features)
+    outcome: Counter[str] = Counter()
+    with zmq.Context() as context:
+        engine = Engine(folder, layout, rank, context)
+        try:
+            while outcome.total() < expected[engine.attention_group]:
+                for one in engine.step():
+                    outcome[judge(sgl, one, count, size)] += 1
+            connection.send("done")
+            connection.recv()
+        finally:
+            engine.close()
+    del original, barriers
+    shmx.trim()
+    return outcome
