@@ -15,7 +15,7 @@ import os
 import pickle
 import struct
 import weakref
-from collections import ChainMap, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,10 @@ import torch
 import torch.distributed as dist
 
 from shmx._core import SharedTensor, readers
-from shmx.arena import default_arena, discard, empty, share
+from shmx.arena import default_arena, discard_blob, empty, note_inline_fallback, share
+from shmx.config import default_min_bytes
 from shmx.errors import ArenaFullError, InvalidHandleError
+from shmx.hooks import storable
 
 __all__ = ["agree", "broadcast_object_list"]
 
@@ -38,16 +40,9 @@ _FIRST_BYTES = 8 << 10
 # Bytes of everything that follows.
 _HEADER = struct.Struct("<Q")
 _FIRST_CONTENT = _FIRST_BYTES - _HEADER.size
-_MIN_BYTES = 64 << 10
 _NOTHING_LEAVES = 1 << 62
 # Messages of a group that are remembered in case it breaks; older ones have long been loaded.
 _REMEMBERED = 64
-
-_DTYPES = {
-    *(torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64),
-    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex32, torch.complex64, torch.complex128),
-    *(torch.bool, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
-}
 
 
 def broadcast_object_list(
@@ -57,7 +52,7 @@ def broadcast_object_list(
     device: torch.device | str | None = None,
     group_src: int | None = None,
     *,
-    min_bytes: int = _MIN_BYTES,
+    min_bytes: int | None = None,
     on_error: str = "raise",
 ) -> None:
     """Broadcast picklable objects from one rank; as ``torch.distributed.broadcast_object_list``.
@@ -81,8 +76,9 @@ def broadcast_object_list(
     group_src
         Rank of the source in ``group``, instead of ``src``.
     min_bytes
-        Tensors of so many bytes and more leave the pickle. Those that require grad, are not contiguous, or are not
-        exactly a ``torch.Tensor`` or an ``ndarray`` stay in it, and so does everything while the arena is full.
+        Tensors of so many bytes and more leave the pickle; 64 KiB, or ``SHMX_MIN_BYTES``. Those that require grad, are
+        not contiguous, or are not exactly a ``torch.Tensor`` or an ``ndarray`` stay in it, and so does everything while
+        the arena is full, with one warning.
     on_error
         What becomes of an object that cannot be restored on this rank. ``"raise"``: its error is raised once the
         others have been restored. ``"return"``: the error takes its place; see :func:`agree`.
@@ -110,7 +106,7 @@ def broadcast_object_list(
         group_src = dist.get_group_rank(group, src or 0)
     channel = _Channel(group, device)
     if rank == group_src:
-        _send(channel, object_list, min_bytes)
+        _send(channel, object_list, max(default_min_bytes() if min_bytes is None else min_bytes, 1))
         return
     sent = _receive(channel, group_src)
     if len(sent) != len(object_list):
@@ -222,7 +218,7 @@ class _Channel:
             yield
         except RuntimeError:
             while self._sent:
-                discard(self._sent.pop())
+                discard_blob(self._sent.pop())
             raise
 
     def broadcast(self, content: bytes) -> None:
@@ -287,26 +283,33 @@ def _device(group: dist.ProcessGroup | None, device: torch.device | str | None) 
 # ---- the source ----
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles one object without the bytes of its large tensors and arrays, which go into `taken`."""
+class _Leaving:
+    """The large tensors and arrays, and the handles, that a pickler finds in objects.
 
-    def __init__(self, stream: io.BytesIO, min_bytes: int, taken: list[Any]) -> None:
-        super().__init__(stream, pickle.HIGHEST_PROTOCOL, buffer_callback=self._keep_inline)
-        # By exact type: asking for every integer of a prompt would cost more than the rest.
-        mine: Any = {torch.Tensor: self._reduce_tensor, SharedTensor: self._take}
-        self.dispatch_table = ChainMap(mine, copyreg.dispatch_table)
+    Not the pickler itself: one that refers to its own methods, and to all it has seen, would live until a collection.
+    """
+
+    def __init__(self, min_bytes: int) -> None:
         self._min_bytes = min_bytes
-        self._taken = taken
-        self.arrays: list[int] = []
+        self.taken: list[SharedTensor | torch.Tensor] = []
+        self._arrays: list[int] = []
+
+    def dump(self, value: Any) -> tuple[bytes, list[int]]:
+        """One object without them; and which of them stand for the buffers of its arrays, in order."""
+        stream = io.BytesIO()
+        self._arrays = []
+        pickler = pickle.Pickler(stream, pickle.HIGHEST_PROTOCOL, buffer_callback=self._keep_inline)
+        # By exact type: asking for every integer of a prompt would cost more than the rest.
+        table: dict[type, Any] = {torch.Tensor: self._reduce_tensor, SharedTensor: self._take}
+        pickler.dispatch_table = {**copyreg.dispatch_table, **table}
+        pickler.dump(value)
+        return stream.getvalue(), self._arrays
 
     def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
         leaves = (
-            tensor.is_cpu
-            and tensor.layout is torch.strided
-            and tensor.dtype in _DTYPES
+            storable(tensor)
             and tensor.nbytes >= self._min_bytes
             and tensor.is_contiguous()
-            and not tensor.requires_grad
             and not tensor.is_conj()
             and not tensor.is_neg()
         )
@@ -317,12 +320,12 @@ class _Pickler(pickle.Pickler):
         if memory.readonly or memory.nbytes < self._min_bytes:
             return True
         _, (number,) = self._take(torch.frombuffer(memory, dtype=torch.uint8))
-        self.arrays.append(number)
+        self._arrays.append(number)
         return False
 
     def _take(self, value: SharedTensor | torch.Tensor) -> tuple[Any, tuple[int]]:
-        self._taken.append(value)
-        return _taken, (len(self._taken) - 1,)
+        self.taken.append(value)
+        return _taken, (len(self.taken) - 1,)
 
 
 def _taken(number: int) -> Any:
@@ -330,30 +333,21 @@ def _taken(number: int) -> Any:
     raise InvalidHandleError(f"tensor {number} travelled beside this pickle, which shmx.distributed alone can load")
 
 
-def _pickled(objects: Sequence[Any], min_bytes: int) -> tuple[list[tuple[bytes, list[int]]], list[Any]]:
-    taken: list[Any] = []
-    streams = []
-    for value in objects:
-        stream = io.BytesIO()
-        pickler = _Pickler(stream, max(min_bytes, 1), taken)
-        pickler.dump(value)
-        streams.append((stream.getvalue(), pickler.arrays))
-    return streams, taken
-
-
 def _send(channel: _Channel, objects: Sequence[Any], min_bytes: int) -> None:
-    streams, taken = _pickled(objects, min_bytes)
+    leaving = _Leaving(min_bytes)
+    streams = [leaving.dump(value) for value in objects]
     try:
-        handles = _publish(taken)
+        handles = _publish(leaving.taken)
     except ArenaFullError as error:
-        _logger.warning("the tensors of a broadcast stay inline: %s", error)
-        streams, taken = _pickled(objects, _NOTHING_LEAVES)
-        handles = _publish(taken)
+        note_inline_fallback(len(leaving.taken), error)
+        leaving = _Leaving(_NOTHING_LEAVES)
+        streams = [leaving.dump(value) for value in objects]
+        handles = _publish(leaving.taken)
     neighbours = channel.hosts.neighbours(channel.rank)
     leaders = channel.hosts.leaders(channel.rank)
     # What other hosts have to make room for.
     shapes = [(handle.shape, handle.dtype) if handle.is_available else None for handle in handles] if leaders else None
-    kinds = [isinstance(value, SharedTensor) for value in taken]
+    kinds = [isinstance(value, SharedTensor) for value in leaving.taken]
     local = channel.announce(handles, len(neighbours) - 1)
     content = pickle.dumps((streams, kinds, local, shapes), pickle.HIGHEST_PROTOCOL)
     with channel.unbroken():
@@ -378,8 +372,8 @@ def _publish(taken: Sequence[Any]) -> list[SharedTensor]:
 # ---- the other ranks ----
 
 
-class _Unpickler(pickle.Unpickler):
-    """Restores one object from its pickle and the tensors that came beside it."""
+class _Load:
+    """One object, to be restored from its pickle and the tensors that came beside it."""
 
     def __init__(
         self,
@@ -388,34 +382,33 @@ class _Unpickler(pickle.Unpickler):
         kinds: Sequence[bool],
         tensors: Sequence[SharedTensor | torch.Tensor],
     ) -> None:
-        super().__init__(io.BytesIO(stream), buffers=self._memory(arrays))
+        self._stream = stream
+        self._arrays = arrays
         self._kinds = kinds
         self._tensors = tensors
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == (__name__, _taken.__name__):
-            return self._restore
-        return super().find_class(module, name)
+    def __call__(self) -> Any:
+        unpickler = _Unpickler(
+            io.BytesIO(self._stream), buffers=(self.restore(one).numpy().data for one in self._arrays)
+        )
+        unpickler.beside = self
+        return unpickler.load()
 
-    def _restore(self, number: int) -> Any:
+    def restore(self, number: int) -> Any:
+        """A copy of a tensor that has left; a handle as it is."""
         tensor = self._tensors[number]
         if self._kinds[number] or not isinstance(tensor, SharedTensor):
             return tensor
         return tensor.materialize()
 
-    def _memory(self, arrays: Sequence[int]) -> Iterator[Any]:
-        for number in arrays:
-            yield self._restore(number).numpy().data
 
+class _Unpickler(pickle.Unpickler):
+    beside: _Load
 
-class _Load:
-    """One object that is restored when it is called."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self._arguments = arguments
-
-    def __call__(self) -> Any:
-        return _Unpickler(*self._arguments).load()
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == (__name__, _taken.__name__):
+            return self.beside.restore
+        return super().find_class(module, name)
 
 
 def _receive(channel: _Channel, source: int) -> list[_Load]:

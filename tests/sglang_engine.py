@@ -33,17 +33,15 @@ from tests.patterns import is_pattern, pattern
 
 VERSION = "0.5.23"
 # What it imports and a CPU needs not.
-_NOT_NEEDED = frozenset(
-    (
-        "torchvision sgl_kernel flashinfer torchaudio torchao torchcodec decord decord2 flash_attn quack cutlass "
-        "nvidia_cutlass_dsl sgl_deep_gemm deep_gemm tilelang outlines llguidance timm soundfile av modelscope blobfile "
-        "gguf hf_transfer kernels sglang_router smg_grpc_servicer smg_grpc_proto mooncake flash_attn_4 quixicore"
-    ).split()
-)
+_NOT_NEEDED = """
+    torchvision sgl_kernel flashinfer torchaudio torchao torchcodec decord decord2 flash_attn quack cutlass
+    nvidia_cutlass_dsl sgl_deep_gemm deep_gemm tilelang outlines llguidance timm soundfile av modelscope blobfile gguf
+    hf_transfer kernels sglang_router smg_grpc_servicer smg_grpc_proto mooncake flash_attn_4 quixicore
+"""
 _LAZY = (
-    "AutoProcessor AutoConfig AutoTokenizer AutoImageProcessor PretrainedConfig PreTrainedTokenizerBase "
-    "ProcessorMixin BatchFeature"
-).split()
+    *("AutoProcessor", "AutoConfig", "AutoTokenizer", "AutoImageProcessor", "PretrainedConfig"),
+    *("PreTrainedTokenizerBase", "ProcessorMixin", "BatchFeature"),
+)
 
 
 def why_not() -> str | None:
@@ -79,7 +77,7 @@ class _Empty(ModuleType):
 
 class _EmptyModules(MetaPathFinder, Loader):
     def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
-        if name.partition(".")[0] not in _NOT_NEEDED:
+        if name.partition(".")[0] not in _NOT_NEEDED.split():
             return None
         spec = ModuleSpec(name, self, is_package=True)
         spec.submodule_search_locations = []
@@ -235,9 +233,7 @@ def _group(rank: int, lists: list[list[int]]) -> Group:
     for ranks in lists:
         made = dist.new_group(ranks, backend="gloo", timeout=datetime.timedelta(seconds=BOUND))
         if rank in ranks:
-            mine = Group(
-                rank=rank, ranks=ranks, cpu_group=made, world_size=len(ranks), rank_in_group=ranks.index(rank)
-            )
+            mine = Group(rank=rank, ranks=ranks, cpu_group=made, world_size=len(ranks), rank_in_group=ranks.index(rank))
     assert mine is not None
     return mine
 
@@ -263,9 +259,7 @@ class Engine:
         world = _group(rank, [list(range(layout.world))])
         groups = {
             "tp_group": _group(rank, [list(range(s * tp, (s + 1) * tp)) for s in range(layout.pp)]),
-            "attn_tp_group": _group(
-                rank, [list(range(s, s + attention)) for s in range(0, layout.world, attention)]
-            ),
+            "attn_tp_group": _group(rank, [list(range(s, s + attention)) for s in range(0, layout.world, attention)]),
             "attn_cp_group": _group(rank, [[one] for one in range(layout.world)]),
         }
         sgl = self.sgl

@@ -26,13 +26,9 @@ def run(children, folder: Path, layout: Layout, requests=60, samples=1, count=2,
     """All ranks' outcomes added up, and the tokenizer's answer."""
     numbers = range(requests)
     expected = [sum(number % layout.dp == group for number in numbers) * samples for group in range(layout.dp)]
-    tokenizer = children.start(
-        tokenize, folder, layout, numbers, samples, count, SIZE, on_shmx, method="forkserver"
-    )
+    tokenizer = children.start(tokenize, folder, layout, numbers, samples, count, SIZE, on_shmx, method="forkserver")
     ranks = [
-        children.start(
-            serve, folder, layout, rank, expected, count, SIZE, on_shmx, barrier, work, method="forkserver"
-        )
+        children.start(serve, folder, layout, rank, expected, count, SIZE, on_shmx, barrier, work, method="forkserver")
         for rank in range(layout.world)
     ]
     assert tokenizer.receive() == "sent"

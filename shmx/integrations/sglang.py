@@ -166,7 +166,7 @@ def _pointer_class(original: Any) -> Any:
                 return super().__reduce_ex__(protocol)
             # The handle itself: the pickle decides how often it will be loaded.
             state = {**super().__getstate__(), "shm_name": self._shared}
-            return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
+            return copyreg.__newobj__, (type(self),), state
 
         def __setstate__(self, state: dict[str, Any]) -> None:
             name = state["shm_name"]
