@@ -10,6 +10,7 @@ import copy
 import datetime
 import importlib.util
 import os
+import pickle
 import random
 import sys
 import warnings
@@ -28,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 import shmx
+from shmx.integrations import sglang as integration
 from tests.children import BOUND
 from tests.patterns import is_pattern, pattern
 
@@ -132,10 +134,13 @@ class Layout:
         return self.tp * self.pp
 
 
-def configure(nodes: int = 1) -> SimpleNamespace:
+def configure(on_shmx: bool, nodes: int = 1, pickled: bool = False) -> SimpleNamespace:
     """The package, with what its server would have published."""
     sgl = load()
+    if on_shmx:
+        integration.install()
     torch.set_num_threads(1)
+    sgl.io._USE_PICKLE_IPC = pickled
     sgl.context.get_parallel().override_permanently(nnodes=nodes, dp_size=1, attn_dp_size=1)
     sgl.mm.get_serving = lambda: SimpleNamespace(skip_tokenizer_init=False)
     sgl.receiver.get_disagg = lambda: SimpleNamespace(language_only=False)
@@ -192,33 +197,94 @@ def address(folder: Path, group: int) -> str:
     return f"ipc://{folder}/tokenizer-{group}"
 
 
-def tokenize(connection, folder, layout, numbers, samples, count, size, on_shmx):
+@dataclass(frozen=True)
+class Plan:
+    """What goes through an engine, and how."""
+
+    layout: Layout
+    requests: int = 60
+    samples: int = 1
+    images: int = 2
+    bytes: int = 64 << 10
+    # Which processes are on shmx.
+    tokenizer: bool = True
+    ranks: bool = True
+    pickled: bool = False
+    # SGLang's barrier before features are materialized.
+    barrier: bool = True
+    # The most work, at random, between receiving and unpickling, and before materializing.
+    work: int = 20
+    capacity: int | None = None
+    # A request whose data is taken away, and one that a single rank cannot materialize.
+    revoked: int = -1
+    refused: int = -1
+
+    def expected(self, group: int) -> int:
+        """Requests for an attention group."""
+        return self.samples * sum(number % self.layout.dp == group for number in range(self.requests))
+
+
+def tokenize(connection, folder, plan):
     """Send every request to its attention group; returns how many features went inline, and the largest message."""
     import zmq
 
-    from shmx.integrations import sglang as integration
-
-    sgl = configure(layout.nodes)
-    if on_shmx:
-        integration.install()
+    sgl = configure(plan.tokenizer, plan.layout.nodes, plan.pickled)
+    if plan.capacity is not None:
+        shmx.configure(capacity=plan.capacity)
     inline, largest = 0, 0
     with zmq.Context() as context:
-        sockets = [context.socket(zmq.PUSH) for _ in range(layout.dp)]
+        sockets = [context.socket(zmq.PUSH) for _ in range(plan.layout.dp)]
         for group, socket in enumerate(sockets):
             socket.set(zmq.SNDHWM, 0)
             socket.bind(address(folder, group))
-        for number in numbers:
-            tokenized = request(number, features_of(number, count, size))
-            for _ in range(samples):
-                one = wrapped(sgl, sample_of(tokenized) if samples > 1 else tokenized)
-                inline += sum(isinstance(item.feature, torch.Tensor) for item in one.mm_inputs.mm_items)
-                largest = max(largest, len(sgl.io.msgpack_encode(one)) if not on_shmx else 0)
-                sgl.io.sock_send(sockets[number % layout.dp], one)
+        for number in range(plan.requests):
+            tokenized = request(number, features_of(number, plan.images, plan.bytes))
+            for _ in range(plan.samples):
+                one = wrapped(sgl, sample_of(tokenized) if plan.samples > 1 else tokenized)
+                features = [item.feature for item in one.mm_inputs.mm_items]
+                inline += sum(isinstance(feature, torch.Tensor) for feature in features)
+                sent = Measured(sockets[number % plan.layout.dp])
+                sgl.io.sock_send(sent, one)
+                largest = max(largest, sent.bytes)
+                if number == plan.revoked:
+                    features[0]._shared.revoke()
         connection.send("sent")
         connection.recv()
         for socket in sockets:
             socket.close(linger=int(BOUND * 1000))
     return inline, largest
+
+
+class Measured:
+    """A socket, and how much it has sent."""
+
+    def __init__(self, socket: Any) -> None:
+        self._socket = socket
+        self.bytes = 0
+
+    def send(self, data: bytes, flags: int = 0) -> None:
+        self.bytes += len(data)
+        self._socket.send(data, flags=flags)
+
+    def send_pyobj(self, obj: Any, flags: int = 0, protocol: int = pickle.HIGHEST_PROTOCOL) -> None:
+        self.send(pickle.dumps(obj, protocol), flags)
+
+
+def route(connection, folder, target, plan):
+    """Decode and encode again, as a data-parallel controller does."""
+    import zmq
+
+    sgl = configure(plan.tokenizer)
+    with zmq.Context() as context:
+        pull, push = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+        pull.connect(address(folder, 0))
+        push.bind(address(target, 0))
+        for _ in range(plan.expected(0)):
+            sgl.io.sock_send(push, sgl.io.sock_recv(pull))
+        connection.send("routed")
+        connection.recv()
+        pull.close(linger=0)
+        push.close(linger=int(BOUND * 1000))
 
 
 # ---- the ranks ----
@@ -241,15 +307,13 @@ def _group(rank: int, lists: list[list[int]]) -> Group:
 class Engine:
     """One scheduler rank: its groups, and a receiver of requests."""
 
-    def __init__(self, folder: Path, layout: Layout, rank: int, context: Any, method: str = "file") -> None:
-        self.sgl = configure(layout.nodes)
+    def __init__(self, folder: Path, layout: Layout, rank: int, context: Any) -> None:
+        self.sgl = load()
         self.layout = layout
-        self.rank = rank
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        init = f"file://{folder}/gloo" if method == "file" else method
         dist.init_process_group(
             "gloo",
-            init_method=init,
+            init_method=f"file://{folder}/gloo",
             rank=rank,
             world_size=layout.world,
             timeout=datetime.timedelta(seconds=BOUND),
@@ -314,21 +378,6 @@ class Engine:
         dist.destroy_process_group()
 
 
-def dawdle(seed: int, work: int) -> Any:
-    """Make materializing as late as chance has it."""
-    choose = random.Random(seed)
-
-    def late(unwrap: Any) -> Any:
-        def unwrap_shm_features(one: Any) -> Any:
-            for _ in range(choose.randrange(work)):
-                zlib.crc32(bytes(32 << 10))
-            return unwrap(one)
-
-        return unwrap_shm_features
-
-    return late
-
-
 def judge(sgl: SimpleNamespace, one: Any, count: int, size: int) -> str:
     """What became of a received request; writes over its features, which nobody else may see."""
     if isinstance(one.mm_inputs, sgl.io.MMInputsProcessError):
@@ -346,31 +395,50 @@ def judge(sgl: SimpleNamespace, one: Any, count: int, size: int) -> str:
     return "right" if right else "wrong"
 
 
-def serve(connection, folder, layout, rank, expected, count, size, on_shmx, barrier, work):
-    """Receive `expected` requests of this rank's attention group; what became of them, and what was waited for."""
+def serve(connection, folder, plan, rank):
+    """Receive the requests of this rank's attention group; what became of them, and how many barriers there were."""
     import zmq
 
-    from shmx.integrations import sglang as integration
-
-    sgl = configure(layout.nodes)
-    if on_shmx:
-        integration.install()
+    sgl = configure(plan.ranks, plan.layout.nodes, plan.pickled)
+    choose = random.Random(rank)
     barriers = 0
-    original = sgl.receiver.barrier
-    if barrier == "none":
-        sgl.receiver.barrier = lambda group: None
-    sgl.receiver.unwrap_shm_features = dawdle(rank, work)(sgl.receiver.unwrap_shm_features)
+    barrier, unwrap, broadcast = dist.barrier, sgl.receiver.unwrap_shm_features, dist.broadcast
+
+    def dawdle():
+        for _ in range(choose.randrange(plan.work)):
+            zlib.crc32(bytes(32 << 10))
+
+    def counted_barrier(*args, **kwargs):
+        nonlocal barriers
+        barriers += 1
+        return barrier(*args, **kwargs) if plan.barrier else None
+
+    def late_broadcast(*args, **kwargs):
+        broadcast(*args, **kwargs)
+        dawdle()
+
+    def late_unwrap(one):
+        dawdle()
+        if rank == 1 and int(one.rid) == plan.refused:
+            raise RuntimeError("refused on purpose")
+        return unwrap(one)
+
+    # As `install` finds it: the barrier that it may leave out is this one.
+    integration.uninstall()
+    sgl.receiver.barrier = counted_barrier
+    if plan.ranks:
+        integration.install()
+    sgl.receiver.unwrap_shm_features = late_unwrap
+    dist.broadcast = late_broadcast
     outcome: Counter[str] = Counter()
     with zmq.Context() as context:
-        engine = Engine(folder, layout, rank, context)
+        engine = Engine(folder, plan.layout, rank, context)
         try:
-            while outcome.total() < expected[engine.attention_group]:
+            while outcome.total() < plan.expected(engine.attention_group):
                 for one in engine.step():
-                    outcome[judge(sgl, one, count, size)] += 1
+                    outcome[judge(sgl, one, plan.images, plan.bytes)] += 1
             connection.send("done")
             connection.recv()
         finally:
             engine.close()
-    del original, barriers
-    shmx.trim()
-    return outcome
+    return outcome, barriers

@@ -25,7 +25,7 @@ import torch
 from shmx import distributed
 from shmx._core import TEXT_PREFIX, SharedTensor, readers
 from shmx.arena import share
-from shmx.errors import ArenaFullError
+from shmx.errors import ArenaFullError, InvalidHandleError
 
 __all__ = ["install", "installed", "plugin", "uninstall"]
 
@@ -166,7 +166,7 @@ def _pointer_class(original: Any) -> Any:
                 return super().__reduce_ex__(protocol)
             # The handle itself: the pickle decides how often it will be loaded.
             state = {**super().__getstate__(), "shm_name": self._shared}
-            return copyreg.__newobj__, (type(self),), state
+            return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
 
         def __setstate__(self, state: dict[str, Any]) -> None:
             name = state["shm_name"]
@@ -185,6 +185,8 @@ def _pointer_class(original: Any) -> Any:
             if isinstance(name, torch.Tensor):
                 self.tensor = name
                 return
+            if not isinstance(name, (str, SharedTensor)):
+                raise InvalidHandleError(f"the name of a segment is text, not {type(name).__name__}")
             # A copy of a pointer releases its own handle.
             self._shared = SharedTensor(name) if isinstance(name, str) else copy.copy(name)
             self.shm_name = _text(self._shared, 0)
@@ -193,7 +195,7 @@ def _pointer_class(original: Any) -> Any:
         def materialize(self) -> torch.Tensor:
             """Writable memory of the caller's own; gives up this process's hold of the shared bytes."""
             if self._shm_handle is not None:
-                return super().materialize()  # type: ignore[no-any-return]
+                return super().materialize()
             try:
                 if self._materialization_error is not None:
                     raise RuntimeError(self._materialization_error)
