@@ -13,6 +13,7 @@ import os
 import pickle
 import random
 import sys
+import time
 import warnings
 import zlib
 from array import array
@@ -415,7 +416,9 @@ def serve(connection, folder, plan, rank):
 
     def late_broadcast(*args, **kwargs):
         broadcast(*args, **kwargs)
-        dawdle()
+        # The source goes on at once; the others find time to unpickle later.
+        if rank > 0:
+            dawdle()
 
     def late_unwrap(one):
         dawdle()
@@ -429,6 +432,7 @@ def serve(connection, folder, plan, rank):
     if plan.ranks:
         integration.install()
     sgl.receiver.unwrap_shm_features = late_unwrap
+    sgl.receiver.logger.disabled = True
     dist.broadcast = late_broadcast
     outcome: Counter[str] = Counter()
     with zmq.Context() as context:
@@ -442,3 +446,57 @@ def serve(connection, folder, plan, rank):
         finally:
             engine.close()
     return outcome, barriers
+
+
+# ---- the same engine, one transport after the other ----
+
+WAYS = ("shmx", "own", "inline")
+
+
+def switch(way: str) -> None:
+    """Let SGLang transport features on shmx, by its own segments, or in the message."""
+    sgl = load()
+    integration.uninstall()
+    if way == "shmx":
+        integration.install()
+    else:
+        sgl.mm._is_default_tensor_transport = way == "inline"
+
+
+def tokenize_in_turns(connection, folder, images, size):
+    """For each order (way, number) one request; answers when it began to wrap, and the bytes of the message."""
+    import zmq
+
+    sgl = configure(on_shmx=False)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.bind(address(folder, 0))
+        while (order := connection.recv()) is not None:
+            way, number = order
+            switch(way)
+            tokenized = request(number, features_of(number, images, size))
+            began = time.monotonic_ns()
+            sent = Measured(socket)
+            sgl.io.sock_send(sent, wrapped(sgl, tokenized))
+            connection.send((began, sent.bytes))
+
+
+def serve_in_turns(connection, folder, layout, rank, images, size):
+    """For each way one request; answers when its features had been read, and what became of it."""
+    import zmq
+
+    sgl = configure(on_shmx=False)
+    with zmq.Context() as context:
+        engine = Engine(folder, layout, rank, context)
+        while (way := connection.recv()) is not None:
+            switch(way)
+            connection.send("ready")
+            received: list[Any] = []
+            while not received:
+                received = engine.step()
+            (one,) = received
+            if not isinstance(one.mm_inputs, sgl.io.MMInputsProcessError):
+                for item in one.mm_inputs.mm_items:
+                    item.feature.sum()
+            read = time.monotonic_ns()
+            connection.send((read, judge(sgl, one, images, size)))
+        engine.close()
