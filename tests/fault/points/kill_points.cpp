@@ -157,8 +157,10 @@ int run(int argc, char** argv) {
   std::mt19937_64 chance(seed);
   std::cout << "seed " << seed << " (SHMX_SEED)\n";
   Tally sum;
+  bool found = false;
   for (const Operation& operation : operations()) {
     if (only != nullptr && std::strcmp(only, operation.name) != 0) continue;
+    found = true;
     const auto start = std::chrono::steady_clock::now();
     const Tally calls = kill_at_calls(operation);
     Course course;
@@ -181,8 +183,8 @@ int run(int argc, char** argv) {
     }
   }
   std::cout << sum.points << " kills, " << sum.violations << " violations\n";
-  if (sum.points == 0) std::cerr << "no such operation\n";
-  return sum.points == 0 || sum.violations != 0 ? 1 : 0;
+  if (!found) std::cerr << "no such operation\n";
+  return !found || sum.violations != 0 ? 1 : 0;
 }
 
 }  // namespace

@@ -60,11 +60,14 @@ HandleState announce(const Handle& handle, Readers readers) {
   }
 }
 
-void expect_content(const Handle& handle, int content, const char* whose) {
-  const Hold& hold = handle.require();
+bool is_filled_up_to(const Hold& hold, std::uint64_t bytes, int content) {
   const std::byte* data = hold.attachment().data(hold);
-  for (std::int64_t i = 0; i < handle.meta().shape[0]; ++i) {
-    if (data[i] != static_cast<std::byte>(content)) throw std::runtime_error(std::string("other data in ") + whose);
+  return std::all_of(data, data + bytes, [&](std::byte byte) { return byte == static_cast<std::byte>(content); });
+}
+
+void expect_content(const Handle& handle, int content, const char* whose) {
+  if (!is_filled_up_to(handle.require(), static_cast<std::uint64_t>(handle.meta().shape[0]), content)) {
+    throw std::runtime_error(std::string("other data in ") + whose);
   }
 }
 
@@ -108,7 +111,8 @@ void nothing(Stage& /*stage*/) {}
 
 void publish_one(Stage& stage) { stage.handles.push_back(publish(*stage.arena, kTensor, kOwn)); }
 
-void publish_and_release(Stage& stage) { const Handle released = publish(*stage.arena, kTensor, kOwn); }
+void publish_and_release(Stage& stage, int content) { const Handle released = publish(*stage.arena, kTensor, content); }
+void publish_one_and_release(Stage& stage) { publish_and_release(stage, kOwn); }
 
 void leave_room_of_another_size(Stage& stage) {
   fill_arena(stage, 32U << 10);
@@ -137,6 +141,17 @@ void fill_with_small_and_release(Stage& stage) {
 }
 
 void publish_a_whole_segment(Stage& stage) { stage.handles.push_back(publish(*stage.arena, kSegment, kOwn)); }
+
+void publish_under_a_key(Stage& stage) {
+  const std::string key = "a key that is too long to lie in the string itself";
+  // In the place of what an earlier attempt has left.
+  publish_and_release(stage, kLater);
+  if (const auto known = stage.arena->find_key(key)) {
+    if (!is_filled_up_to(known->hold, kTensor, kOwn)) throw std::runtime_error("other data under a key");
+  }
+  const Handle handle = publish(*stage.arena, kTensor, kOwn);
+  stage.arena->note_key(key, handle.require(), "a description that is too long to lie in the string itself");
+}
 
 void announce_two(Stage& stage) {
   const HandleState state = announce(stage.handles.back(), exactly(2));
@@ -313,7 +328,9 @@ void be_owner(const Operation& operation, Line& line) {
   Stage stage;
   stage.arena = Arena::create(options());
   for (const int content : {kHeld, kFirst, kSecond, kExtra, kExtra}) {
-    send_to(line, announce(publish(*stage.arena, kTensor, content), exactly(1)));
+    // What the performer loads the survivor holds, too.
+    const std::uint32_t loads = content == kExtra && !operation.alone ? 2 : 1;
+    send_to(line, announce(publish(*stage.arena, kTensor, content), exactly(loads)));
   }
   // What is on its way keeps an arena.
   if (operation.alone && operation.performer != Performer::kPeer) drop_messages(*stage.arena);
@@ -344,6 +361,10 @@ void be_performer(const Operation& operation, Line& line) {
 void be_survivor(Line& line) {
   {
     const Handle held = load_expecting(receive_from(line), kHeld, "the block that the survivor holds");
+    std::vector<Handle> shared;
+    for (int i = 0; i < 2; ++i) {
+      shared.push_back(load_expecting(receive_from(line), kExtra, "what the survivor and the performer load"));
+    }
     line.say(1);
     const HandleState on_its_way = receive_from(line);
     expect_content(held, kHeld, "the block that the survivor holds");
@@ -353,6 +374,7 @@ void be_survivor(Line& line) {
     if (line.hear() != 0) later.push_back(load_expecting(receive_from(line), kLater, "what was published later"));
     (void)line.hear();
     expect_content(held, kHeld, "the block that the survivor holds");
+    for (const Handle& handle : shared) expect_content(handle, kExtra, "what the survivor and the performer load");
   }
   leave_all();
 }
@@ -394,7 +416,7 @@ const std::vector<Operation>& operations() {
   using enum Performer;
   static const std::vector<Operation> all{
       {.name = "publish", .performer = kOwner, .prepare = nothing, .perform = publish_one},
-      {.name = "reuse", .performer = kOwner, .prepare = publish_and_release, .perform = publish_one},
+      {.name = "reuse", .performer = kOwner, .prepare = publish_one_and_release, .perform = publish_one},
       {.name = "reuse for another size",
        .performer = kOwner,
        .prepare = leave_room_of_another_size,
@@ -405,6 +427,10 @@ const std::vector<Operation>& operations() {
        .perform = publish_a_whole_segment},
       {.name = "growth by a segment", .performer = kOwner, .prepare = fill_segment, .perform = publish_large},
       {.name = "growth of the table", .performer = kOwner, .prepare = fill_table, .perform = publish_one},
+      {.name = "publish under a key",
+       .performer = kOwner,
+       .prepare = publish_one_and_release,
+       .perform = publish_under_a_key},
       {.name = "pickle", .performer = kOwner, .prepare = publish_one, .perform = announce_two},
       {.name = "pickle without a count", .performer = kOwner, .prepare = publish_one, .perform = announce_by_default},
       {.name = "revoke", .performer = kOwner, .prepare = publish_and_announce, .perform = revoke_it},
@@ -462,6 +488,7 @@ Scene::Scene(const Operation& operation) : operation_(operation), bytes_before_(
   if (!operation.alone) {
     survivor_ = std::make_unique<Child>([](Line& line) { be_survivor(line); });
     send_to(survivor_->line(), held_);
+    for (const HandleState& state : extra_) send_to(survivor_->line(), state);
     (void)survivor_->hear();
   }
   if (operation.dead_peer) {
@@ -509,10 +536,10 @@ void Scene::check(bool owner_alive) {
     tell(*owner_, 1);
     const std::uint64_t held = owner_->hear();
     const std::uint64_t peers = owner_->hear();
-    // The block of the survivor, and nobody else's.
-    if (held != 1 || peers != 1) {
+    // The blocks of the survivor, and nobody else's.
+    if (held != 3 || peers != 1) {
       throw std::runtime_error("rule 6: " + std::to_string(held) + " blocks are held by " + std::to_string(peers) +
-                               " peers, 1 by 1 was expected");
+                               " peers, 3 by 1 was expected");
     }
   }
   Child fresh([alone = operation_.alone, peers = owner_alive ? 3U : 2U](Line& line) { be_fresh(alone, peers, line); });
