@@ -29,7 +29,7 @@ CAPACITIES = (16 << 20, 64 << 20)  # the larger one has a thread that grows it a
 # What a worker has received is lost with it. Its block, and with it a dead producer's arena, waits for so long.
 TTL_S = 60.0
 BOUND_S = 60.0
-STEPS_PER_KILL, LONGEST_PAUSE_S = 80, 0.5
+STEPS_PER_KILL, LONGEST_PAUSE_S = 40, 0.5
 MEMFD = os.environ.get("SHMX_BACKEND") == "memfd"
 
 COUNTS = ("steps", "published", "loaded", "forwarded", "forked", "exited", "full", "stale", "expired", "ownerless")
