@@ -294,6 +294,12 @@ class Color(enum.Enum):
     RED = torch.zeros(20_000)
 
 
+class Encoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", pattern(1))
+
+
 class Worker(threading.Thread):
     def __init__(self):
         super().__init__()
@@ -304,12 +310,12 @@ class Worker(threading.Thread):
 
 
 def opaque_objects():
-    module = torch.nn.Linear(200, 200)
+    module = Encoder()
     error = ValueError(pattern(1))
     handler = logging.NullHandler()
     handler.tensor = pattern(1)
     return {
-        "torch module": (module, lambda: module.weight),
+        "torch module": (module, lambda: module.scale),
         "enum": (Color.RED, lambda: Color.RED.value),
         "exception": (error, lambda: error.args[0]),
         "thread": ((worker := Worker()), lambda: worker.tensor),
