@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copyreg
 import io
-import logging
 import os
 import pickle
 import struct
@@ -25,14 +24,11 @@ import torch
 import torch.distributed as dist
 
 from shmx._core import SharedTensor, readers
-from shmx.arena import default_arena, discard_blob, empty, note_inline_fallback, share
-from shmx.config import default_min_bytes
+from shmx.arena import discard_blob, empty, note_inline_fallback, share
 from shmx.errors import ArenaFullError, InvalidHandleError
-from shmx.hooks import storable
+from shmx.pickling import put_together, take_apart
 
 __all__ = ["agree", "broadcast_object_list"]
-
-_logger = logging.getLogger("shmx")
 
 # The first message of a broadcast is as long as this, whatever is in it: receivers cannot know better. The handles of
 # about 60 tensors fit.
@@ -40,7 +36,6 @@ _FIRST_BYTES = 8 << 10
 # Bytes of everything that follows.
 _HEADER = struct.Struct("<Q")
 _FIRST_CONTENT = _FIRST_BYTES - _HEADER.size
-_NOTHING_LEAVES = 1 << 62
 # Messages of a group that are remembered in case it breaks; older ones have long been loaded.
 _REMEMBERED = 64
 
@@ -57,9 +52,10 @@ def broadcast_object_list(
 ) -> None:
     """Broadcast picklable objects from one rank; as ``torch.distributed.broadcast_object_list``.
 
-    Large CPU tensors and numpy arrays in the objects, at any depth, leave the pickle: they are copied once into the
-    arena of the source, and every rank copies them out into private, writable, contiguous memory. Nothing waits for
-    that, and nobody needs a barrier. ``SharedTensor`` objects stay handles; on other hosts they are handles of copies.
+    Large CPU tensors and numpy arrays in the objects, at any depth, leave the pickle as in :func:`shmx.dumps`: they are
+    copied once into the arena of the source, and every rank copies them out into private, writable memory. Nothing
+    waits for that, and nobody needs a barrier. Handles that are in the objects stay handles; on other hosts they are
+    handles of copies.
 
     Parameters
     ----------
@@ -76,9 +72,8 @@ def broadcast_object_list(
     group_src
         Rank of the source in ``group``, instead of ``src``.
     min_bytes
-        Tensors of so many bytes and more leave the pickle; 64 KiB, or ``SHMX_MIN_BYTES``. Those that require grad, are
-        not contiguous, or are not exactly a ``torch.Tensor`` or an ``ndarray`` stay in it, and so does everything while
-        the arena is full, with one warning.
+        Tensors of so many bytes and more leave the pickle; 64 KiB, or ``SHMX_MIN_BYTES``. While an arena is full they
+        travel inline, counted and warned of as for :func:`shmx.wrap`.
     on_error
         What becomes of an object that cannot be restored on this rank. ``"raise"``: its error is raised once the
         others have been restored. ``"return"``: the error takes its place; see :func:`agree`.
@@ -106,7 +101,7 @@ def broadcast_object_list(
         group_src = dist.get_group_rank(group, src or 0)
     channel = _Channel(group, device)
     if rank == group_src:
-        _send(channel, object_list, max(default_min_bytes() if min_bytes is None else min_bytes, 1))
+        _send(channel, object_list, min_bytes)
         return
     sent = _receive(channel, group_src)
     if len(sent) != len(object_list):
@@ -283,73 +278,41 @@ def _device(group: dist.ProcessGroup | None, device: torch.device | str | None) 
 # ---- the source ----
 
 
-class _Leaving:
-    """The large tensors and arrays, and the handles, that a pickler finds in objects.
+class _Numbered(pickle.Pickler):
+    """Pickles with numbers in the places of handles."""
 
-    Not the pickler itself: one that refers to its own methods, and to all it has seen, would live until a collection.
-    """
+    def __init__(self, stream: io.BytesIO, handles: list[SharedTensor]) -> None:
+        super().__init__(stream, pickle.HIGHEST_PROTOCOL)
+        numbers: dict[int, int] = {}
 
-    def __init__(self, min_bytes: int) -> None:
-        self._min_bytes = min_bytes
-        self.taken: list[SharedTensor | torch.Tensor] = []
-        self._arrays: list[int] = []
+        def reduce(handle: SharedTensor) -> tuple[Any, tuple[int]]:
+            number = numbers.setdefault(id(handle), len(handles))
+            if number == len(handles):
+                handles.append(handle)
+            return _handle, (number,)
 
-    def dump(self, value: Any) -> tuple[bytes, list[int]]:
-        """One object without them; and which of them stand for the buffers of its arrays, in order."""
+        table: dict[type, Any] = {SharedTensor: reduce}
+        self.dispatch_table = {**copyreg.dispatch_table, **table}
+
+
+def _handle(number: int) -> Any:
+    """Stands in a pickle for a handle that travels beside it; the unpickler answers this name itself."""
+    raise InvalidHandleError(f"handle {number} travelled beside this pickle, which shmx.distributed alone can load")
+
+
+def _send(channel: _Channel, objects: Sequence[Any], min_bytes: int | None) -> None:
+    handles: list[SharedTensor] = []
+    streams = []
+    for value in objects:
         stream = io.BytesIO()
-        self._arrays = []
-        pickler = pickle.Pickler(stream, pickle.HIGHEST_PROTOCOL, buffer_callback=self._keep_inline)
-        # By exact type: asking for every integer of a prompt would cost more than the rest.
-        table: dict[type, Any] = {torch.Tensor: self._reduce_tensor, SharedTensor: self._take}
-        pickler.dispatch_table = {**copyreg.dispatch_table, **table}
-        pickler.dump(value)
-        return stream.getvalue(), self._arrays
-
-    def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
-        leaves = (
-            storable(tensor)
-            and tensor.nbytes >= self._min_bytes
-            and tensor.is_contiguous()
-            and not tensor.is_conj()
-            and not tensor.is_neg()
-        )
-        return self._take(tensor) if leaves else tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]
-
-    def _keep_inline(self, buffer: pickle.PickleBuffer) -> bool:
-        memory = buffer.raw()
-        if memory.readonly or memory.nbytes < self._min_bytes:
-            return True
-        _, (number,) = self._take(torch.frombuffer(memory, dtype=torch.uint8))
-        self._arrays.append(number)
-        return False
-
-    def _take(self, value: SharedTensor | torch.Tensor) -> tuple[Any, tuple[int]]:
-        self.taken.append(value)
-        return _taken, (len(self.taken) - 1,)
-
-
-def _taken(number: int) -> Any:
-    """Stands in a pickle for a tensor that has left it; the unpickler answers this name itself."""
-    raise InvalidHandleError(f"tensor {number} travelled beside this pickle, which shmx.distributed alone can load")
-
-
-def _send(channel: _Channel, objects: Sequence[Any], min_bytes: int) -> None:
-    leaving = _Leaving(min_bytes)
-    streams = [leaving.dump(value) for value in objects]
-    try:
-        handles = _publish(leaving.taken)
-    except ArenaFullError as error:
-        note_inline_fallback(len(leaving.taken), error)
-        leaving = _Leaving(_NOTHING_LEAVES)
-        streams = [leaving.dump(value) for value in objects]
-        handles = _publish(leaving.taken)
+        _Numbered(stream, handles).dump(take_apart(value, min_bytes))
+        streams.append(stream.getvalue())
     neighbours = channel.hosts.neighbours(channel.rank)
     leaders = channel.hosts.leaders(channel.rank)
     # What other hosts have to make room for.
     shapes = [(handle.shape, handle.dtype) if handle.is_available else None for handle in handles] if leaders else None
-    kinds = [isinstance(value, SharedTensor) for value in leaving.taken]
     local = channel.announce(handles, len(neighbours) - 1)
-    content = pickle.dumps((streams, kinds, local, shapes), pickle.HIGHEST_PROTOCOL)
+    content = pickle.dumps((streams, len(handles), local, shapes), pickle.HIGHEST_PROTOCOL)
     with channel.unbroken():
         channel.broadcast(content)
         under_way = [
@@ -362,68 +325,62 @@ def _send(channel: _Channel, objects: Sequence[Any], min_bytes: int) -> None:
             work.wait()
 
 
-def _publish(taken: Sequence[Any]) -> list[SharedTensor]:
-    """Handles of tensors, which share a block, and of what are handles already."""
-    tensors = [value for value in taken if not isinstance(value, SharedTensor)]
-    published = iter(default_arena().share_many(tensors) if tensors else ())
-    return [value if isinstance(value, SharedTensor) else next(published) for value in taken]
-
-
 # ---- the other ranks ----
 
 
-class _Load:
-    """One object, to be restored from its pickle and the tensors that came beside it."""
+class _Unshared:
+    """What stands for a handle where there is no room for its bytes in shared memory."""
 
-    def __init__(
-        self,
-        stream: bytes,
-        arrays: Sequence[int],
-        kinds: Sequence[bool],
-        tensors: Sequence[SharedTensor | torch.Tensor],
-    ) -> None:
-        self._stream = stream
-        self._arrays = arrays
-        self._kinds = kinds
-        self._tensors = tensors
+    error = None
+    is_available = True
 
-    def __call__(self) -> Any:
-        unpickler = _Unpickler(
-            io.BytesIO(self._stream), buffers=(self.restore(one).numpy().data for one in self._arrays)
-        )
-        unpickler.beside = self
-        return unpickler.load()
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
 
-    def restore(self, number: int) -> Any:
-        """A copy of a tensor that has left; a handle as it is."""
-        tensor = self._tensors[number]
-        if self._kinds[number] or not isinstance(tensor, SharedTensor):
-            return tensor
-        return tensor.materialize()
+    def materialize(self, device: object = None) -> torch.Tensor:
+        """The tensor, which every process has for itself."""
+        return self.tensor
 
 
 class _Unpickler(pickle.Unpickler):
-    beside: _Load
+    """Restores what :class:`_Numbered` has pickled."""
+
+    handles: Sequence[SharedTensor | _Unshared]
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == (__name__, _taken.__name__):
-            return self.beside.restore
+        if (module, name) == (__name__, _handle.__name__):
+            return self.handles.__getitem__
         return super().find_class(module, name)
+
+
+class _Load:
+    """One object, to be restored."""
+
+    def __init__(self, stream: bytes, handles: Sequence[SharedTensor | _Unshared]) -> None:
+        self._stream = stream
+        self._handles = handles
+
+    def __call__(self) -> Any:
+        unpickler = _Unpickler(io.BytesIO(self._stream))
+        unpickler.handles = self._handles
+        shared, own, order, data = unpickler.load()
+        own = [handle.tensor if isinstance(handle, _Unshared) else handle for handle in own]
+        return put_together((shared, own, order, data))
 
 
 def _receive(channel: _Channel, source: int) -> list[_Load]:
     with channel.unbroken():
-        streams, kinds, local, shapes = pickle.loads(channel.take_broadcast(source))
-        tensors = _receive_tensors(channel, source, local, shapes) if kinds else []
-    return [_Load(stream, arrays, kinds, tensors) for stream, arrays in streams]
+        streams, count, local, shapes = pickle.loads(channel.take_broadcast(source))
+        handles = _receive_handles(channel, source, local, shapes) if count else []
+    return [_Load(stream, handles) for stream in streams]
 
 
-def _receive_tensors(
+def _receive_handles(
     channel: _Channel, source: int, local: bytes, shapes: Sequence[Any]
-) -> list[SharedTensor | torch.Tensor]:
+) -> list[SharedTensor | _Unshared]:
     neighbours = channel.hosts.neighbours(channel.rank)
     if source in neighbours:
-        handles: list[SharedTensor | torch.Tensor] = pickle.loads(local)
+        handles: list[SharedTensor | _Unshared] = pickle.loads(local)
         return handles
     if channel.rank == neighbours[0]:
         return _republish(channel, source, neighbours[1:], local, shapes)
@@ -432,16 +389,15 @@ def _receive_tensors(
 
 def _republish(
     channel: _Channel, source: int, others: Sequence[int], local: bytes, shapes: Sequence[Any]
-) -> list[SharedTensor | torch.Tensor]:
+) -> list[SharedTensor | _Unshared]:
     """Receive the bytes from another host and publish them on this one."""
     # Those without data keep their reason.
-    tensors: list[Any] = pickle.loads(local)
+    handles: list[Any] = pickle.loads(local)
     for number, meta in enumerate(shapes):
         if meta is not None:
-            tensors[number] = _receive_tensor(channel, source, *meta)
-    handles = [tensor if isinstance(tensor, SharedTensor) else None for tensor in tensors]
-    blob = channel.announce(handles, len(others))
-    inline = [tensor for tensor in tensors if not isinstance(tensor, SharedTensor) and tensor.nbytes]
+            handles[number] = _receive_tensor(channel, source, *meta)
+    blob = channel.announce([None if isinstance(one, _Unshared) else one for one in handles], len(others))
+    inline = [one.tensor for one in handles if isinstance(one, _Unshared)]
     under_way = [
         channel.start_send(content, other)
         for other in others
@@ -449,34 +405,35 @@ def _republish(
     ]
     for work, _ in under_way:
         work.wait()
-    return tensors
+    return handles
 
 
 def _receive_tensor(
     channel: _Channel, source: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> SharedTensor | torch.Tensor:
+) -> SharedTensor | _Unshared:
     try:
         memory = empty(shape, dtype=dtype)
     except ArenaFullError as error:
         # It has been sent, so it must be received.
-        _logger.warning("a tensor from another host goes on inline: %s", error)
+        note_inline_fallback(1, error)
         memory = torch.empty(shape, dtype=dtype)
         channel.receive_into(memory, source)
-        return memory
+        return _Unshared(memory)
     channel.receive_into(memory, source)
     return share(memory)
 
 
-def _take_over(channel: _Channel, leader: int, shapes: Sequence[Any]) -> list[SharedTensor | torch.Tensor]:
+def _take_over(channel: _Channel, leader: int, shapes: Sequence[Any]) -> list[SharedTensor | _Unshared]:
     """What the first rank of this host has published, or sends inline."""
     size = torch.empty(1, dtype=torch.int64)
     channel.receive_into(size, leader)
     blob = torch.empty(int(size.item()), dtype=torch.uint8)
     channel.receive_into(blob, leader)
-    tensors: list[Any] = pickle.loads(blob.numpy().data)
-    for number, tensor in enumerate(tensors):
-        if tensor is None:
+    handles: list[Any] = pickle.loads(blob.numpy().data)
+    for number, handle in enumerate(handles):
+        if handle is None:
             shape, dtype = shapes[number]
-            tensors[number] = torch.empty(shape, dtype=dtype)
-            channel.receive_into(tensors[number], leader)
-    return tensors
+            memory = torch.empty(shape, dtype=dtype)
+            channel.receive_into(memory, leader)
+            handles[number] = _Unshared(memory)
+    return handles

@@ -109,6 +109,24 @@ def loads(
     return Unpickler(io.BytesIO(data), device=device, lazy=lazy).load()
 
 
+# What is in an envelope: the published tensors, the handles of the object, which of them is which, the inner pickle.
+Apart = tuple[Sequence[Any], Sequence[Any], "_Order", bytes]
+
+
+def take_apart(obj: Any, min_bytes: int | None) -> Apart:
+    """What :func:`dumps` puts into one pickle, for those who send handles by another way than bytes."""
+    pickler = Pickler(io.BytesIO(), min_bytes=min_bytes)
+    try:
+        return pickler._apart(obj)
+    finally:
+        pickler._forget(None)
+
+
+def put_together(apart: Apart) -> Any:
+    """The object again; raises what :func:`loads` raises."""
+    return Unpickler(io.BytesIO())._restore(*apart)
+
+
 class Pickler(pickle.Pickler):
     """A ``pickle.Pickler`` whose large tensors and arrays leave as handles; see :func:`dumps`.
 
@@ -155,15 +173,8 @@ class Pickler(pickle.Pickler):
     def dump(self, obj: Any) -> None:
         """Write a pickle of an object."""
         try:
-            super().dump(obj)
-            shared = publish(self._leaves, self._arena, self._timeout, self._readers) if self._leaves else []
-            if shared is None:
-                self._forget(None)
-                super().dump(obj)
-                shared = []
-            data = self._inner.getvalue()
-            if self._order:
-                data = pickle.dumps(_Envelope(shared, self._handles, self._order, data), 5)
+            content = self._apart(obj)
+            data = pickle.dumps(_Envelope(*content), 5) if self._order else content[-1]
             try:
                 self._file.write(data)
             except BaseException:
@@ -171,6 +182,15 @@ class Pickler(pickle.Pickler):
                 raise
         finally:
             self._forget(self._min_bytes)
+
+    def _apart(self, obj: Any) -> Apart:
+        super().dump(obj)
+        shared = publish(self._leaves, self._arena, self._timeout, self._readers) if self._leaves else []
+        if shared is None:
+            self._forget(None)
+            super().dump(obj)
+            shared = []
+        return shared, self._handles, self._order, self._inner.getvalue()
 
     def _forget(self, least: int | None) -> None:
         self.clear_memo()

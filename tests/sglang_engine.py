@@ -361,7 +361,8 @@ class Engine:
             mm_receiver=None,
             server_args=None,
             model_config=SimpleNamespace(is_multimodal=True),
-            max_recv_per_poll=-1,
+            # One request a turn, as they come in without a backlog.
+            max_recv_per_poll=1,
             stream_output=lambda *_: None,
             get_last_batch=lambda: None,
         )
