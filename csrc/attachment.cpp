@@ -16,8 +16,6 @@ namespace {
 // relaxed throughout: set when the package is imported, before anything is mapped.
 std::atomic<Access> chosen_access{Access::kReadWrite};
 
-Access peer_access() { return chosen_access.load(std::memory_order_relaxed); }
-
 Error lost(const std::string& name) {
   return {ErrorCode::kSegmentLost,
           "arena " + name + " is gone: its owner has left and its blocks were cleaned up; send the tensor again",
@@ -25,6 +23,8 @@ Error lost(const std::string& name) {
 }
 
 }  // namespace
+
+Access peer_access() { return chosen_access.load(std::memory_order_relaxed); }
 
 void set_peer_access(Access access) { chosen_access.store(access, std::memory_order_relaxed); }
 
@@ -84,6 +84,7 @@ Attachment::~Attachment() {
   // Only the last Hold or the registry gets here, so no use is left; in a process that never joined
   // neither locks nor shared words are ours.
   if (!process_joined()) lock_.forget();
+  unpin();
 }
 
 bool Attachment::usable() const {
@@ -289,7 +290,7 @@ Attachment::DataMapping& Attachment::map_segment(std::uint32_t slot) {
                 "segment " + name + " is shorter than its arena says; somebody outside shmx truncated it", ENOENT);
   }
   // The id changes before the base does, so mapped() never pairs the new id with the old base.
-  segment.segment_id.store(0, std::memory_order_relaxed);
+  unmap(segment);
   segment.mapping = Mapping(fd->get(), name, ByteCount{bytes}, peer_access());
   segment.base.store(segment.mapping.base(), std::memory_order_relaxed);
   segment.bytes.store(segment.mapping.bytes(), std::memory_order_relaxed);
@@ -318,7 +319,7 @@ void Attachment::map_all() {
 void Attachment::add_mapping(std::uint32_t slot, std::uint32_t id, Mapping mapping) {
   const std::lock_guard guard(map_mutex_);
   DataMapping& segment = segments_[slot];
-  segment.segment_id.store(0, std::memory_order_relaxed);
+  unmap(segment);
   segment.mapping = std::move(mapping);
   segment.base.store(segment.mapping.base(), std::memory_order_relaxed);
   segment.bytes.store(segment.mapping.bytes(), std::memory_order_relaxed);
@@ -336,9 +337,7 @@ void Attachment::drop_dead_mappings() {
     if (mapped_id == 0) continue;
     // Alone: the status may be that of the segment that comes next. relaxed: ordered by the count.
     if (control_.header().segments[slot].id.load(std::memory_order_relaxed) == mapped_id) continue;
-    segment.segment_id.store(0, std::memory_order_relaxed);
-    segment.base.store(nullptr, std::memory_order_relaxed);
-    segment.mapping.reset();
+    unmap(segment);
   }
 }
 
@@ -364,10 +363,7 @@ bool Attachment::retire_if_unused() { return retire_under_locks(true); }
 void Attachment::give_memory_back() {
   const std::lock_guard guard(map_mutex_);
   for (std::uint32_t slot = 0; slot < kMaxSegments; ++slot) {
-    DataMapping& segment = segments_[slot];
-    segment.segment_id.store(0, std::memory_order_relaxed);
-    segment.base.store(nullptr, std::memory_order_relaxed);
-    segment.mapping.reset();
+    unmap(segments_[slot]);
   }
   control_.forget_content();
 }
@@ -429,6 +425,7 @@ void Attachment::parent_after_fork() noexcept {
 bool Attachment::child_after_fork() noexcept {
   lock_.forget();           // the parent's page is not mapped here
   control_.file().close();  // or a lock probed for here would be the parent's, too
+  forget_pins();            // no driver works here
   const ForkPlan plan = std::exchange(fork_plan_, ForkPlan::kNone);
   if (plan != ForkPlan::kJoins) {
     inert_.store(true, std::memory_order_relaxed);

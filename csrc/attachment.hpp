@@ -18,6 +18,7 @@
 #include "error.hpp"
 #include "layout.hpp"
 #include "peer_lock.hpp"
+#include "pinned.hpp"
 #include "segment.hpp"
 
 namespace shmx {
@@ -55,6 +56,7 @@ class Hold {
 
 // How segments of other processes' arenas are mapped from now on.
 void set_peer_access(Access access);
+[[nodiscard]] Access peer_access();
 
 class Attachment : public std::enable_shared_from_this<Attachment> {
  public:
@@ -103,6 +105,19 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   };
   [[nodiscard]] Counts counts() const;
 
+  // Page-locked parts (attachment_pins.cpp). pin: registers what is reserved and not registered yet; throws
+  // Error(kDevice), with nothing of the segment at fault registered that was not before, and
+  // answers whether all of it is registered now. unpin: unregisters all.
+  bool pin(DeviceDriver& driver, int device);
+  void unpin() noexcept;
+  // Where registrations meet in a range, as offsets from its begin; nothing if some of it is not registered.
+  [[nodiscard]] std::optional<std::vector<std::uint64_t>> cuts(const std::byte* begin, std::uint64_t bytes) const;
+  // No more registration in the background, until it is allowed again.
+  void refuse_pinning() { pinning_.store(false, std::memory_order_relaxed); }
+  void allow_pinning() { pinning_.store(true, std::memory_order_relaxed); }
+  // relaxed: a wish that comes late or in vain does no harm.
+  [[nodiscard]] bool may_pin() const { return pinning_.load(std::memory_order_relaxed); }
+
   // Throws if this process cannot use the arena any more (it was forked with no free slot; see error).
   void require_usable() const;
   [[nodiscard]] bool usable() const;
@@ -123,8 +138,16 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   void set_on_idle(void (*on_idle)(Attachment&) noexcept) { on_idle_.store(on_idle, std::memory_order_seq_cst); }
 
   // Fork (process.cpp): lock first; prepare runs in the parent with all block locks held.
-  void lock_for_fork() noexcept { map_mutex_.lock(); }
-  void unlock_after_fork() noexcept { map_mutex_.unlock(); }
+  void lock_for_fork() noexcept {
+    map_mutex_.lock();
+    pin_mutex_.lock();
+    chunks_mutex_.lock();
+  }
+  void unlock_after_fork() noexcept {
+    chunks_mutex_.unlock();
+    pin_mutex_.unlock();
+    map_mutex_.unlock();
+  }
   void prepare_fork() noexcept;
   void parent_after_fork() noexcept;
   // False: the child is no member; it attaches anew if it needs to.
@@ -137,6 +160,10 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
     std::atomic<std::byte*> base{nullptr};
     std::atomic<std::uint64_t> bytes{0};
     Mapping mapping;
+    std::atomic<std::uint64_t> pinned{0};  // bytes from the start that are registered
+    std::vector<PinnedChunk> chunks;       // guarded by chunks_mutex_
+    DriverKind pin_kind = DriverKind::kCuda;
+    int pin_device = 0;
   };
   enum class ForkPlan : std::uint8_t { kNone, kJoins, kLeftOut };
 
@@ -146,6 +173,11 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   bool retire_under_locks(bool only_if_unused);
   [[nodiscard]] Error stale(BlockIndex block) const;
   DataMapping& map_segment(std::uint32_t segment_slot);
+  // Unregisters, then unmaps.
+  void unmap(DataMapping& segment);
+  // False: some of it may still be registered.
+  bool unpin_segment(DataMapping& segment);
+  void forget_pins() noexcept;
 
   struct FreeDeleter {
     void operator()(void* memory) const { std::free(memory); }
@@ -167,6 +199,9 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
 
   std::mutex map_mutex_;  // held across system calls
   std::unique_ptr<DataMapping[]> segments_;
+  std::mutex pin_mutex_;             // held while a range is registered or unregistered, after map_mutex_
+  mutable std::mutex chunks_mutex_;  // a leaf
+  std::atomic<bool> pinning_{true};
   std::atomic<std::uint32_t> trims_seen_{0};
   std::atomic<Ticks> owner_probed_{0};
 

@@ -18,12 +18,15 @@
 
 #include "arena.hpp"
 #include "copy.hpp"
+#include "cuda_driver.hpp"
 #include "destination_pool.hpp"
 #include "dlpack_abi.hpp"
 #include "docstrings.hpp"
 #include "error.hpp"
 #include "handle.hpp"
 #include "host.hpp"
+#include "in_flight.hpp"
+#include "pinned.hpp"
 #include "process.hpp"
 #include "reaper.hpp"
 #include "survey.hpp"
@@ -85,6 +88,8 @@ const char* exception_name(ErrorCode code) {
       return "InvalidHandleError";
     case ErrorCode::kTooManyPeers:
       return "TooManyPeersError";
+    case ErrorCode::kDevice:
+      return "DeviceError";
     default:
       return "SystemCallError";
   }
@@ -425,8 +430,10 @@ class SharedTensor {
       const std::uint64_t bytes = nbytes();
       if (target == nullptr && bytes != 0) throw py::type_error("the destination has no memory behind it");
       copy_tensor_bytes(target, data, bytes, Destination::kHot);
-    } else {
+    } else if (get(destination, torch->is_cpu).cast<bool>()) {
       destination.attr("copy_")(view());
+    } else {
+      py::module_::import("shmx.device").attr("materialize_into")(py::cast(*this), destination);
     }
     return destination;
   }
@@ -475,17 +482,17 @@ class SharedTensor {
     return text + ")";
   }
   [[nodiscard]] const Handle& handle() const { return handle_; }
+  static std::byte* map(const Hold& hold) {
+    if (std::byte* known = hold.attachment().mapped(hold)) return known;
+    const py::gil_scoped_release released;
+    return hold.attachment().data(hold);
+  }
 
  private:
   [[nodiscard]] const TensorMeta& meta() const { return handle_.meta(); }
   static std::string describe(const py::handle& shape, const py::handle& dtype) {
     return "shape " + py::str(py::tuple(py::reinterpret_borrow<py::object>(shape))).cast<std::string>() + " " +
            py::str(dtype).cast<std::string>();
-  }
-  static std::byte* map(const Hold& hold) {
-    if (std::byte* known = hold.attachment().mapped(hold)) return known;
-    const py::gil_scoped_release released;
-    return hold.attachment().data(hold);
   }
 
   Handle handle_;
@@ -700,8 +707,13 @@ TensorMeta fill(const Allocation& block, const Source& source, std::uint64_t off
     copy_piece(block.data + offset, source.data, source.bytes, together, block.where);
   } else if (source.bytes != 0) {
     const py::gil_scoped_acquire held;
-    // Any layout, any device: torch copies into a tensor that lives in the arena.
-    make_tensor(block.data + offset, stored, block.hold.share()).attr("copy_")(source.tensor.attr("detach")());
+    const py::object target = make_tensor(block.data + offset, stored, block.hold.share());
+    if (get(source.tensor, torch->is_cpu).cast<bool>()) {
+      // Any layout: torch copies into a tensor that lives in the arena.
+      target.attr("copy_")(source.tensor.attr("detach")());
+    } else {
+      py::module_::import("shmx.device").attr("fill_from_device")(target, source.tensor.attr("detach")());
+    }
   }
   return stored;
 }
@@ -976,6 +988,172 @@ py::list reap_all_arenas(bool force) {
   return result;
 }
 
+// ---- devices
+
+DriverKind checked_driver(const std::string& name) {
+  const auto kind = driver_kind(name);
+  if (!kind) throw py::value_error("a backend is \"cuda\" or \"hip\", not \"" + name + "\"");
+  return *kind;
+}
+
+// Copies of published tensors to a device, which torch makes: what they read and where registrations meet in it. The
+// blocks stay in use until it is said how the copies ended.
+class DeviceCopy {
+ public:
+  // Contiguous bytes that one or several tensors lie in, side by side.
+  struct Group {
+    std::vector<std::pair<std::size_t, std::uint64_t>> members;  // index of the tensor, offset in the group
+    std::byte* base = nullptr;
+    std::uint64_t bytes = 0;
+    std::optional<std::vector<std::uint64_t>> cuts;  // nothing: not registered
+    std::size_t hold = 0;
+    bool contiguous = true;
+  };
+
+  DeviceCopy(const py::iterable& handles, const std::optional<std::string>& backend, int device, std::uintptr_t stream)
+      : device_(device), stream_(reinterpret_cast<void*>(stream)) {
+    if (backend) kind_ = checked_driver(*backend);
+    driver_ = kind_ ? DeviceDriver::known(*kind_) : nullptr;
+    for (const py::handle object : handles) add(object.cast<const SharedTensor&>());
+    if (!kind_) return;
+    for (Group& group : groups_) {
+      Attachment& attachment = holds_[group.hold].attachment();
+      if (driver_ != nullptr && group.contiguous) group.cuts = attachment.cuts(group.base, group.bytes);
+      registered_ = registered_ || group.cuts;
+      if (!group.cuts && attachment.may_pin()) {
+        Pinner::instance().want(attachment.shared_from_this(), *kind_, device_);
+      }
+    }
+    if (driver_ == nullptr) return;
+    bool capturing = false;
+    {
+      const py::gil_scoped_release released;
+      InFlight::instance().poll();
+      const DeviceDriver::Scope scope(*driver_, device_);
+      capturing = driver_->is_capturing(stream_);
+    }
+    if (capturing) {
+      throw Error(ErrorCode::kDevice,
+                  "the stream is capturing a graph, which would read a block of shared memory again when it is used "
+                  "for something else; materialize before the capture, and copy_ into the graph's input");
+    }
+  }
+
+  [[nodiscard]] py::list groups() const {
+    py::list result;
+    for (const Group& group : groups_) {
+      result.append(py::make_tuple(group.members, group.bytes, group.cuts, group.contiguous));
+    }
+    return result;
+  }
+  [[nodiscard]] py::object bytes_of(std::size_t index) const {
+    const Group& group = groups_.at(index);
+    return make_tensor(group.base, {kBytesDtype, 0, {static_cast<std::int64_t>(group.bytes)}, {}},
+                       holds_[group.hold].share());
+  }
+  [[nodiscard]] bool registered() const { return registered_; }
+  // The copies are in the stream: the blocks stay in use until the device has done them.
+  void depart() {
+    if (driver_ == nullptr) throw Error(ErrorCode::kDevice, "no driver was there when this copy began");
+    const py::gil_scoped_release released;
+    InFlight::instance().depart(holds_, *driver_, device_, stream_);
+  }
+  // They are done.
+  void finish() { holds_.clear(); }
+  // Nobody knows.
+  void keep() { InFlight::instance().keep(holds_); }
+
+ private:
+  void add(const SharedTensor& tensor) {
+    const std::size_t index = count_++;
+    const TensorMeta& meta = tensor.handle().meta();
+    Hold hold = tensor.handle().require().share();
+    std::byte* base = SharedTensor::map(hold) + meta.offset;
+    const std::uint64_t bytes = tensor.nbytes();
+    if (bytes == 0) return;
+    const bool contiguous = meta.strides.empty();
+    if (contiguous && !groups_.empty()) {
+      Group& last = groups_.back();
+      const Hold& other = holds_[last.hold];
+      if (last.contiguous && &other.attachment() == &hold.attachment() && other.block() == hold.block() &&
+          base >= last.base + last.bytes && base < last.base + last.bytes + kPartAlignment) {
+        last.members.emplace_back(index, static_cast<std::uint64_t>(base - last.base));
+        last.bytes = static_cast<std::uint64_t>(base - last.base) + bytes;
+        return;
+      }
+    }
+    holds_.push_back(std::move(hold));
+    groups_.push_back({{{index, 0}}, base, bytes, std::nullopt, holds_.size() - 1, contiguous});
+  }
+
+  std::optional<DriverKind> kind_;
+  DeviceDriver* driver_ = nullptr;
+  int device_;
+  void* stream_;
+  std::size_t count_ = 0;
+  bool registered_ = false;
+  std::vector<Hold> holds_;
+  std::vector<Group> groups_;
+};
+
+// Of memory of an arena: where registrations meet in it, or nothing if it is not all registered, which is then begun.
+std::optional<std::vector<std::uint64_t>> registered_cuts(std::uintptr_t address, std::uint64_t bytes,
+                                                          const std::string& backend, int device) {
+  const DriverKind kind = checked_driver(backend);
+  const auto* base = reinterpret_cast<const std::byte*>(address);
+  for (const auto& attachment : all_attachments()) {
+    const auto arena = attachment->owner();
+    if (!arena || !arena->may_contain(base)) continue;
+    if (auto cuts = attachment->cuts(base, bytes)) return cuts;
+    if (attachment->may_pin()) Pinner::instance().want(attachment, kind, device);
+  }
+  return std::nullopt;
+}
+
+bool pin_arena(const SharedTensor& tensor, const std::string& backend, int device) {
+  const DriverKind kind = checked_driver(backend);
+  const py::gil_scoped_release released;
+  const auto attachment = attach(tensor.handle().origin().arena);
+  attachment->allow_pinning();
+  return Pinner::instance().pin_now(*attachment, kind, device);
+}
+
+void refuse_pinning(const SharedTensor& tensor) {
+  const py::gil_scoped_release released;
+  const auto attachment = attach(tensor.handle().origin().arena);
+  attachment->refuse_pinning();
+  attachment->unpin();
+}
+
+py::dict pin_report() {
+  const PinReport report = PinLedger::instance().report();
+  const InFlight::Report copies = InFlight::instance().report();
+  py::dict result;
+  result["backend"] = report.backend;
+  result["bytes"] = report.bytes;
+  result["chunks"] = report.chunks;
+  result["foreign_bytes"] = report.foreign_bytes;
+  result["registrations"] = report.registrations;
+  result["milliseconds"] = static_cast<double>(report.nanoseconds) / 1e6;
+  result["quarantined_bytes"] = report.quarantined_bytes;
+  result["reason"] = report.reason;
+  result["copies_in_flight"] = copies.copies;
+  result["copies_lost"] = copies.kept;
+  result["trouble"] = copies.trouble;
+  return result;
+}
+
+// What devices do and have locked ends first: a block must not be used again under a copy, nor unmapped while locked.
+void leave_devices_and_all() {
+  constexpr auto kLongestDrain = std::chrono::seconds(5);
+  const bool drained = InFlight::instance().drain(kLongestDrain);
+  Pinner::instance().stop();
+  if (drained) {
+    for (const auto& attachment : all_attachments()) attachment->unpin();
+  }
+  leave_all();
+}
+
 // Joins the arena of a handle and maps all of it.
 void attach_to(const SharedTensor& tensor) {
   const py::gil_scoped_release released;
@@ -1100,7 +1278,26 @@ PYBIND11_MODULE(_core, module) {
   module.def("take_removals", &noted_removals);
   module.def("membership_counts", &membership_counts);
   module.def("memory_cgroup_room", &memory_cgroup_room);
-  module.def("leave_all", &leave_all, py::call_guard<py::gil_scoped_release>());
+  module.def("leave_all", &leave_devices_and_all, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<DeviceCopy>(module, "DeviceCopy")
+      .def(py::init<const py::iterable&, const std::optional<std::string>&, int, std::uintptr_t>(), "handles"_a,
+           "backend"_a, "device"_a, "stream"_a)
+      .def("groups", &DeviceCopy::groups)
+      .def("bytes_of", &DeviceCopy::bytes_of, "group"_a)
+      .def("depart", &DeviceCopy::depart)
+      .def("finish", &DeviceCopy::finish)
+      .def("keep", &DeviceCopy::keep)
+      .def_property_readonly("registered", &DeviceCopy::registered);
+  module.def("registered_cuts", &registered_cuts, "address"_a, "bytes"_a, "backend"_a, "device"_a);
+  module.def("pin", &pin_arena, "handle"_a, "backend"_a, "device"_a);
+  module.def("refuse_pinning", &refuse_pinning, "handle"_a);
+  module.def("settle_pinning", [] { Pinner::instance().settle(); }, py::call_guard<py::gil_scoped_release>());
+  module.def("poll_copies", [] { InFlight::instance().poll(); }, py::call_guard<py::gil_scoped_release>());
+  module.def("pin_report", &pin_report);
+  module.def("take_pin_warning", [] { return PinLedger::instance().take_warning(); });
+  module.def("set_pin_limit", [](std::uint64_t bytes) { PinLedger::instance().set_limit(bytes); }, "bytes"_a);
+
   module.def("set_pool_limit", [](std::uint64_t bytes) { DestinationPool::instance().set_limit(bytes); }, "bytes"_a);
   module.def("set_non_temporal_threshold", &set_non_temporal_threshold, "bytes"_a);
   module.def("set_trusted_group", &set_trusted_group, "group"_a);

@@ -19,6 +19,7 @@ enum class ErrorCode : std::uint8_t {
   kTooManyPeers = 7,
   kInvalidArgument = 8,
   kSystem = 9,
+  kDevice = 10,
 };
 
 class Error : public std::runtime_error {

@@ -12,13 +12,14 @@ import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from shmx import _core
 from shmx._core import SharedTensor
 from shmx.config import ArenaConfig, group_id
+from shmx.device import pin as pin_arena
 from shmx.errors import ArenaFullError, InvalidHandleError
 from shmx.survey import arenas, prospect
 
@@ -305,17 +306,40 @@ def empty(
     return default_arena().empty(shape, dtype=dtype, timeout=timeout)
 
 
-def attach(handle: SharedTensor) -> None:
-    """Map all of a handle's arena now, so that the first tensors of it do not pay for it.
+def attach(
+    handle: SharedTensor,
+    *,
+    pin: Literal["auto", "require", "off"] = "auto",
+    device: torch.device | str | int | None = None,
+) -> None:
+    """Map all of a handle's arena now, and lock its pages for a device, so that the first tensors do not pay for it.
+
+    Parameters
+    ----------
+    handle
+        Any handle of the arena; in the process that owns it, too.
+    pin
+        ``"auto"``: lock the pages for ``device``, if one is given; if that cannot be done, warn and go on without.
+        ``"require"``: raise then. ``"off"``: do not lock pages of this arena in this process, also not on first use.
+    device
+        The device that copies will go to; with ``"require"`` the current accelerator by default.
 
     Raises
     ------
+    DeviceError
+        Pages cannot be locked, and ``pin`` is ``"require"``.
     SegmentLostError
         The arena is gone.
     TooManyPeersError
         The arena has as many processes as it takes.
     """
+    if pin not in ("auto", "require", "off"):
+        raise ValueError(f"pin is 'auto', 'require' or 'off', not {pin!r}")
     _core.attach(handle)
+    if pin == "off":
+        _core.refuse_pinning(handle)
+    elif pin == "require" or device is not None:
+        pin_arena(handle, device, required=pin == "require")
 
 
 def discard_blob(blob: bytes | bytearray | memoryview) -> int:
@@ -407,7 +431,11 @@ def stats() -> dict[str, Any]:
         ``arena``: of the default arena (``None`` if not made yet). ``attached``: names of the arenas that this process
         takes part in; ``memberships``: what it has loaded from each of them and holds there, with the numbers of those
         it owns in ``owned``. ``pool_bytes``: kept for materialized tensors. ``inline_fallbacks``: tensors that
-        :func:`wrap` and :func:`dumps` left in their places because the arena was full.
+        :func:`wrap` and :func:`dumps` left in their places because the arena was full. ``pinned``: what is page-locked
+        for devices: ``backend`` (``"cuda"``, ``"hip"``, ``"none"``), ``bytes``, ``chunks``, ``milliseconds`` spent in
+        ``registrations`` calls, ``foreign_bytes`` (registered by somebody else), ``quarantined_bytes`` (which could not
+        be unregistered), ``reason`` (why something is not locked), ``copies_in_flight``, ``copies_lost`` (whose device
+        failed), ``trouble`` (the driver's last strange answer).
     """
     arena = _default
     return {
@@ -416,6 +444,7 @@ def stats() -> dict[str, Any]:
         "memberships": _core.membership_counts(),
         "pool_bytes": _core.pool_bytes(),
         "inline_fallbacks": _inline_fallbacks,
+        "pinned": _core.pin_report(),
     }
 
 

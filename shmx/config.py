@@ -74,7 +74,8 @@ def _flag(name: str, text: str) -> bool:
 def apply_environment() -> None:
     """Set what holds for the whole process, when the package is imported.
 
-    ``SHMX_POOL_BYTES``: private memory that is kept for materialized tensors; 0 keeps none. ``SHMX_READONLY``: map
+    ``SHMX_POOL_BYTES``: private memory that is kept for materialized tensors; 0 keeps none. ``SHMX_PIN_BYTES``: shared
+    memory that may be page-locked for devices, by default all; 0 locks none. ``SHMX_READONLY``: map
     other processes' arenas read-only. ``SHMX_NT_THRESHOLD``: copies of so many bytes and more use non-temporal stores.
     ``SHMX_GROUP``: accept arenas of other user ids that were made for this group, see :class:`ArenaConfig`.
     ``SHMX_MIN_BYTES``: smaller tensors are left inline by :func:`shmx.wrap` and :func:`shmx.dumps`.
@@ -83,6 +84,8 @@ def apply_environment() -> None:
     global _min_bytes
     if (text := os.environ.get("SHMX_POOL_BYTES")) is not None:
         _core.set_pool_limit(_bytes("SHMX_POOL_BYTES", text, least=0))
+    if (text := os.environ.get("SHMX_PIN_BYTES")) is not None:
+        _core.set_pin_limit(_bytes("SHMX_PIN_BYTES", text, least=0))
     if (text := os.environ.get("SHMX_READONLY")) is not None:
         _core.set_read_only(_flag("SHMX_READONLY", text))
     if (text := os.environ.get("SHMX_NT_THRESHOLD")) is not None:

@@ -35,7 +35,14 @@ _DRIVER_TIMEOUT_S = 30
 # A cgroup of version 1 without a limit has one of nearly 2^63.
 _NO_LIMIT = 1 << 60
 # Of settings that are no field of ArenaConfig.
-_OTHER_SETTINGS = {"SHMX_POOL_BYTES", "SHMX_READONLY", "SHMX_NT_THRESHOLD"}
+_OTHER_SETTINGS = {
+    "SHMX_CUDA_DRIVER",
+    "SHMX_HIP_DRIVER",
+    "SHMX_PIN_BYTES",
+    "SHMX_POOL_BYTES",
+    "SHMX_READONLY",
+    "SHMX_NT_THRESHOLD",
+}
 _FEWEST_FILES, _FEWEST_INODES = 256, 1024
 
 

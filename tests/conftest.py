@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import shmx.device
 from shmx import _core
+from tests import fakegpu
 from tests.children import Children
 
 SHM = Path("/dev/shm")
@@ -74,6 +77,33 @@ def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
         _core.reap(force=True)
     if request.node.stash.get(_passed, False):
         assert not any(left.values()), f"left behind: { {what: which for what, which in left.items() if which} }"
+
+
+@pytest.fixture(scope="session")
+def fake_libraries() -> tuple[Path, Path]:
+    """The fake driver and the fake torch device, compiled."""
+    try:
+        return fakegpu.build()
+    except fakegpu.Unavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def gpu(fake_libraries: tuple[Path, Path]) -> Iterator[fakegpu.FakeDriver]:
+    """``fakegpu`` as a torch device of this process, in good order; no page is locked when the test has ended."""
+    driver = fakegpu.use(*fake_libraries)
+    before = {start for start, _, _ in driver.registrations()}
+    driver.forget_calls()
+    yield driver
+    driver.recover()
+    driver.release_streams()
+    torch.accelerator.synchronize()
+    gc.collect()
+    _core.leave_all()
+    _core.set_pin_limit(2**63)
+    _core.take_pin_warning()
+    shmx.device._forget_rings()
+    assert {start for start, _, _ in driver.registrations()} <= before, "pages stayed locked"
 
 
 @pytest.fixture

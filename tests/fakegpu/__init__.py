@@ -43,7 +43,17 @@ def _compile(source: str, target: str, *options: str) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     # Two test runs may build at once: each under a name of its own, and the rename decides.
     draft = library.with_name(f"{target}.{os.getpid()}")
-    command = [*compiler.split(), "-shared", "-fPIC", "-O1", "-pthread", str(_HERE / source), *options, "-o", str(draft)]
+    command = [
+        *compiler.split(),
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-pthread",
+        str(_HERE / source),
+        *options,
+        "-o",
+        str(draft),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{source} does not compile: {result.stderr[:4000]}")
@@ -58,7 +68,9 @@ def build() -> tuple[Path, Path]:
     folders = [f"-I{folder}" for folder in cpp_extension.include_paths()]
     libraries = str(Path(torch.__file__).parent / "lib")
     driver = _compile("driver.cpp", "libcuda.so.1", "-std=c++20", "-Wall", "-Wextra")
-    device = _compile("device.cpp", "libfakegpu.so", "-std=c++20", "-w", *folders, f"-L{libraries}", "-lc10", "-ltorch_cpu")
+    device = _compile(
+        "device.cpp", "libfakegpu.so", "-std=c++20", "-w", *folders, f"-L{libraries}", "-lc10", "-ltorch_cpu"
+    )
     return driver, device
 
 
@@ -81,7 +93,7 @@ class FakeDriver:
         self.library.fake_recover()
 
     def count(self, name: str) -> int:
-        """Calls of that name, or ``registrations``, ``late copies``, ``staged copies``, ``in flight``, ``after fork``."""
+        """Calls of that name, or ``registrations``, ``late copies``, ``staged copies``, ``after fork``."""
         return int(self.library.fake_count(name.encode()))
 
     def log(self) -> list[str]:

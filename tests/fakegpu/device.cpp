@@ -354,6 +354,11 @@ Tensor reshape_alias(const Tensor& self, c10::SymIntArrayRef size, c10::SymIntAr
 
 at::Scalar item(const Tensor& self) { return self.cpu().item(); }
 
+// The fallback would copy the tensor to the CPU first, and wait for that.
+void record_stream(Tensor&, c10::Stream) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "this device does not track the streams that use a tensor");
+}
+
 void on_cpu(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
   at::native::cpu_fallback(operation, stack);
 }
@@ -367,6 +372,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("view", view);
   library.impl("_reshape_alias", reshape_alias);
   library.impl("_local_scalar_dense", item);
+  library.impl("record_stream", record_stream);
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<&on_cpu>()); }

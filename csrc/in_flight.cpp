@@ -1,0 +1,149 @@
+#include "in_flight.hpp"
+
+#include <algorithm>
+#include <iterator>
+#include <optional>
+#include <utility>
+
+#include "quiet_thread.hpp"
+
+namespace shmx {
+namespace {
+
+// Short against a copy of a megabyte, long against the question.
+constexpr auto kShortestPause = std::chrono::microseconds(50);
+constexpr auto kLongestPause = std::chrono::microseconds(2000);
+// A driver that answers neither yes nor no may do so the next time; one that is broken never does.
+constexpr int kMostHopeless = 100;
+
+}  // namespace
+
+InFlight& InFlight::instance() {
+  static auto* in_flight = new InFlight;
+  return *in_flight;
+}
+
+InFlight::InFlight() { take_part_in_forks(); }
+
+void InFlight::unlock_in_child() noexcept {
+  // The copies are the parent's, and so is the thread; the child has inherited uses that it makes no use of.
+  (void)thread_.release();  // NOLINT(bugprone-unused-return-value)
+  stop_ = false;
+  std::vector<Copy> copies = std::exchange(copies_, {});
+  std::vector<std::vector<Hold>> kept = std::exchange(kept_, {});
+  mutex_.unlock();
+}
+
+void InFlight::depart(std::vector<Hold>& holds, DeviceDriver& driver, int device, void* stream) {
+  {
+    const std::lock_guard guard(mutex_);
+    copies_.reserve(copies_.size() + 1);
+    if (!thread_) thread_ = std::make_unique<std::thread>(quiet_thread("shmx-copies", [this] { run(); }));
+  }
+  const DeviceDriver::Scope scope(driver, device);
+  void* event = driver.record_event(stream);
+  {
+    const std::lock_guard guard(mutex_);
+    copies_.push_back({std::exchange(holds, {}), &driver, device, event});
+  }
+  departed_.notify_one();
+}
+
+bool InFlight::poll_once() noexcept {
+  // Released without the lock: the last use of an arena may end with this one.
+  std::vector<Hold> done;
+  bool hopeful = false;
+  try {
+    const std::lock_guard guard(mutex_);
+    // Of the copy before: most are of one device.
+    std::optional<DeviceDriver::Scope> scope;
+    DeviceDriver* driver = nullptr;
+    int device = 0;
+    for (std::size_t i = 0; i < copies_.size();) {
+      Copy& copy = copies_[i];
+      if (copy.driver != driver || copy.device != device) {
+        scope.reset();
+        scope.emplace(*copy.driver, copy.device);
+        driver = copy.driver;
+        device = copy.device;
+      }
+      const DriverCode code = driver->query_event(copy.event);
+      if (code == DriverCode::kSuccess) {
+        done.insert(done.end(), std::move_iterator(copy.holds.begin()), std::move_iterator(copy.holds.end()));
+        driver->destroy_event(copy.event);
+        if (i + 1 != copies_.size()) copy = std::move(copies_.back());
+        copies_.pop_back();
+        continue;
+      }
+      if (code == DriverCode::kNotReady) {
+        hopeful = true;
+      } else {
+        trouble_ = driver->failure("cuEventQuery", "a copy from shared memory", code).what();
+      }
+      ++i;
+    }
+  } catch (const std::exception& error) {
+    // The next look may find the driver in a better state.
+    const std::lock_guard guard(mutex_);
+    trouble_ = error.what();
+  }
+  return hopeful;
+}
+
+void InFlight::poll() noexcept {
+  if (DeviceDriver::usable()) (void)poll_once();
+}
+
+void InFlight::run() {
+  auto pause = kShortestPause;
+  std::unique_lock guard(mutex_);
+  for (;;) {
+    departed_.wait(guard, [this] { return stop_ || !copies_.empty(); });
+    if (stop_) return;
+    const std::size_t before = copies_.size();
+    guard.unlock();
+    const bool hopeful = poll_once();
+    guard.lock();
+    const bool progress = copies_.size() != before;
+    pause = progress ? kShortestPause : std::min(2 * pause, hopeful ? kLongestPause : 50 * kLongestPause);
+    if (!copies_.empty()) departed_.wait_for(guard, pause, [this, before] { return stop_ || copies_.size() > before; });
+  }
+}
+
+bool InFlight::drain(std::chrono::milliseconds longest) noexcept {
+  if (!DeviceDriver::usable()) return true;
+  const auto deadline = std::chrono::steady_clock::now() + longest;
+  bool empty = false;
+  for (int hopeless = 0;;) {
+    if (!poll_once()) ++hopeless;
+    {
+      const std::lock_guard guard(mutex_);
+      empty = copies_.empty();
+    }
+    if (empty || hopeless > kMostHopeless || std::chrono::steady_clock::now() >= deadline) break;
+    std::this_thread::sleep_for(kShortestPause);
+  }
+  std::unique_ptr<std::thread> ended;
+  {
+    const std::lock_guard guard(mutex_);
+    stop_ = true;
+    ended = std::move(thread_);
+  }
+  departed_.notify_all();
+  if (ended) ended->join();
+  const std::lock_guard guard(mutex_);
+  stop_ = false;
+  return empty;
+}
+
+void InFlight::keep(std::vector<Hold>& holds) noexcept {
+  const std::lock_guard guard(mutex_);
+  kept_.push_back(std::exchange(holds, {}));
+}
+
+InFlight::Report InFlight::report() {
+  const std::lock_guard guard(mutex_);
+  return {copies_.size(), kept_.size(), trouble_};
+}
+
+}  // namespace shmx
