@@ -1148,7 +1148,8 @@ void leave_devices_and_all() {
   constexpr auto kLongestDrain = std::chrono::seconds(5);
   const bool drained = InFlight::instance().drain(kLongestDrain);
   Pinner::instance().stop();
-  if (drained) {
+  // Otherwise the end of the process unregisters, with the device.
+  if (drained && InFlight::instance().report().kept == 0) {
     for (const auto& attachment : all_attachments()) attachment->unpin();
   }
   leave_all();

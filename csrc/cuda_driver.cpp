@@ -82,6 +82,8 @@ const char* remedy(DriverCode code) {
     case 100:
     case 101:
       return "no such device is visible: see CUDA_VISIBLE_DEVICES and, in a container, --gpus";
+    case 712:
+      return "another library has registered a part of it: let it register all of the segment, or none";
     default:
       return static_cast<int>(code) >= 700 && static_cast<int>(code) < 720
                  ? "the device context may be broken for good: see the first error of this process, and restart it"
