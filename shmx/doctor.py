@@ -177,10 +177,10 @@ def _chosen(path: Path) -> str:
 
 
 def check_memlock(limit: int | None = None) -> Finding:
-    """The limit on page-locked memory, for later: this version locks nothing."""
+    """The limit on locked memory: it is not for pages that a device driver locks."""
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] if limit is None else limit
     what = "no limit" if limit == resource.RLIM_INFINITY else shown_bytes(limit)
-    return Finding("memlock", "ok", f"{what}; this version of shmx locks no pages")
+    return Finding("memlock", "ok", f"{what}; drivers of devices lock pages without it")
 
 
 def check_open_files(limit: int | None = None) -> Finding:
@@ -280,16 +280,30 @@ def _mbind_refusal() -> int | None:
 
 _DRIVER_PROGRAM = """
 import ctypes, json
-driver = ctypes.CDLL("libcuda.so.1")
+import os
+driver = ctypes.CDLL(os.environ.get("SHMX_CUDA_DRIVER") or "libcuda.so.1")
 code, version, count = driver.cuInit(0), ctypes.c_int(), ctypes.c_int()
 driver.cuDriverGetVersion(ctypes.byref(version))
 if code == 0:
     driver.cuDeviceGetCount(ctypes.byref(count))
-print(json.dumps([code, version.value, count.value]))
+locked = None
+if count.value:
+    import mmap, os
+    descriptor = os.memfd_create("shmx-doctor")
+    os.ftruncate(descriptor, 1 << 20)
+    memory = mmap.mmap(descriptor, 1 << 20)
+    address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    locked = driver.cuDeviceGet(ctypes.byref(device), 0)
+    locked = locked or driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    locked = locked or driver.cuCtxPushCurrent_v2(context)
+    locked = locked or driver.cuMemHostRegister_v2(address, ctypes.c_size_t(1 << 20), 1)
+    locked = locked or driver.cuMemHostUnregister(address)
+print(json.dumps([code, version.value, count.value, locked]))
 """
 
 
-def check_cuda(program: str = _DRIVER_PROGRAM) -> Finding:
+def check_cuda(program: str = _DRIVER_PROGRAM, environment: Mapping[str, str] = os.environ) -> Finding:
     """The driver, asked by a process of its own: once initialized it would stay in this one."""
     try:
         answer = subprocess.run(
@@ -306,12 +320,20 @@ def check_cuda(program: str = _DRIVER_PROGRAM) -> Finding:
         if "libcuda.so.1" in last and "No such file" in last:
             return Finding("cuda", "ok", "no driver (libcuda.so.1): tensors stay on the CPU")
         return Finding("cuda", "warn", f"the driver cannot be asked: {last}", "see nvidia-smi")
-    code, version, count = json.loads(answer.stdout)
+    code, version, count, locked = json.loads(answer.stdout)
     what = f"driver for CUDA {version // 1000}.{version % 1000 // 10}"
     if code != 0:
         remedy = "see nvidia-smi; in a container, start it with --gpus all"
         return Finding("cuda", "warn", f"{what} fails to initialize: code {code}", remedy)
-    return Finding("cuda", "ok", f"{what}, {counted(count, 'device')}; copies to it start from pageable memory")
+    what = f"{what}, {counted(count, 'device')}"
+    if locked is None:
+        return Finding("cuda", "warn", what, "see CUDA_VISIBLE_DEVICES; in a container, start it with --gpus all")
+    if locked != 0:
+        remedy = "copies go by way of a staging buffer; see the memory limit of the container and the driver's log"
+        return Finding("cuda", "warn", f"{what}; it refuses to lock shared memory: code {locked}", remedy)
+    budget = environment.get("SHMX_PIN_BYTES")
+    limit = "" if budget is None else f", up to SHMX_PIN_BYTES={budget}"
+    return Finding("cuda", "ok", f"{what}; shared memory is page-locked for it{limit}")
 
 
 def check_torch() -> Finding:

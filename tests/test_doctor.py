@@ -111,7 +111,9 @@ def test_a_kernel_without_huge_pages(tmp_path):
 
 def test_memlock_is_told_and_asks_for_nothing():
     assert "no limit" in doctor.check_memlock(resource.RLIM_INFINITY).finding
-    assert doctor.check_memlock(64 << 10) == Finding("memlock", "ok", "64.0 KiB; this version of shmx locks no pages")
+    assert doctor.check_memlock(64 << 10) == Finding(
+        "memlock", "ok", "64.0 KiB; drivers of devices lock pages without it"
+    )
 
 
 @pytest.mark.parametrize(("limit", "status"), [(resource.RLIM_INFINITY, "ok"), (1024, "ok"), (64, "warn")])
@@ -169,8 +171,10 @@ def test_numa(tmp_path, nodes, refusal, status):
 @pytest.mark.parametrize(
     ("program", "status", "part"),
     [
-        ("print('[0, 12080, 2]')", "ok", "CUDA 12.8, 2 devices"),
-        ("print('[100, 12080, 0]')", "warn", "code 100"),
+        ("print('[0, 12080, 2, 0]')", "ok", "CUDA 12.8, 2 devices; shared memory is page-locked"),
+        ("print('[0, 12080, 1, 2]')", "warn", "1 device; it refuses to lock shared memory: code 2"),
+        ("print('[0, 12080, 0, null]')", "warn", "0 devices"),
+        ("print('[100, 12080, 0, null]')", "warn", "code 100"),
         ("import ctypes; ctypes.CDLL('libcuda.so.1.absent')", "ok", "no driver"),
         ("raise OSError('libcuda.so.1: file too short')", "warn", "too short"),
         ("import os; os.abort()", "warn", "status -6"),
@@ -182,6 +186,15 @@ def test_cuda(program, status, part, monkeypatch):
         monkeypatch.setattr(doctor, "_DRIVER_TIMEOUT_S", 1)
     found = doctor.check_cuda(program)
     assert (found.status, part in found.finding) == (status, True), found
+
+
+def test_a_driver_that_locks_pages_is_told(fake_libraries, monkeypatch):
+    monkeypatch.setenv("SHMX_CUDA_DRIVER", str(fake_libraries[0]))
+    found = doctor.check_cuda(environment={"SHMX_PIN_BYTES": "1GiB"})
+    assert found.status == "ok"
+    assert found.finding.endswith(
+        "CUDA 13.0, 2 devices; shared memory is page-locked for it, up to SHMX_PIN_BYTES=1GiB"
+    )
 
 
 def test_the_driver_is_not_loaded_into_this_process():
