@@ -28,7 +28,9 @@
 namespace shmx::test {
 namespace {
 
-constexpr std::uint64_t kSample = 8;
+// To reach an instruction takes all those before it, so that long operations get a smaller sample.
+constexpr std::uint64_t kSampledSteps = 200'000;
+constexpr std::uint64_t kMostSampled = 8;
 constexpr std::uint64_t kAllUpTo = 4000;
 
 // Advances the performer to its n-th point, counted from 0. False: there are fewer.
@@ -132,7 +134,8 @@ Tally kill_at_changes(const Operation& operation, const Course& course) {
 
 Tally kill_at_instructions(const Operation& operation, const Course& course, bool all, std::mt19937_64& chance) {
   Tally tally;
-  const std::uint64_t wanted = all ? kAllUpTo : kSample;
+  const std::uint64_t wanted =
+      all ? kAllUpTo : std::clamp<std::uint64_t>(kSampledSteps / (course.instructions + 1), 2, kMostSampled);
   const std::uint64_t stride = std::max<std::uint64_t>(1, course.instructions / wanted);
   for (std::uint64_t n = chance() % stride; n < course.instructions; n += stride) {
     (void)kill_at(operation, "instruction", to_instruction, n, tally);
