@@ -287,7 +287,7 @@ _ATOMS = frozenset(
     {int, float, bool, str, bytes, bytearray, complex, type(None), type, range, slice, memoryview, torch.Size}
     | {torch.dtype, torch.device, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType}
 )
-_OPAQUE_BASES = (type, enum.Enum, BaseException, torch.nn.Module, _core.SharedTensor, _core.Arena, SharedArray)
+_OPAQUE_BASES = (enum.Enum, _core.SharedTensor, _core.Arena, SharedArray)
 # A class of a program may derive from these of the standard library and still be a record of its own.
 _PLAIN_MODULES = {"abc", "typing", "collections", "collections.abc", "_collections_abc", "dataclasses", "types"}
 _PLAIN_CLASSES = (*argparse.Namespace.__mro__, *_BUILT_IN)

@@ -11,7 +11,7 @@ import torch
 
 import shmx
 from tests.blocks import messages
-from tests.patterns import is_pattern, pattern
+from tests.patterns import is_pattern, pattern, press, small_arena
 
 encoder = msgspec.msgpack.Encoder(enc_hook=shmx.enc_hook)
 
@@ -53,6 +53,16 @@ def test_a_wrapped_request_is_encoded_as_it_is_however_many_tensors_share_its_bl
     for _ in range(2):
         assert load(None, data)
     assert messages() == 0
+
+
+def test_rule_2_a_second_message_of_a_block_that_has_all_it_can_have_is_announced_too():
+    with small_arena(40) as arena:
+        wrapped = shmx.wrap(Request("r", [pattern(seed) for seed in range(12)], torch.zeros(2)), arena=arena)
+        first, second = encode(wrapped), encode(wrapped)
+        del wrapped
+        assert load(None, first)
+        press(arena)
+        assert load(None, second)
 
 
 def test_fields_of_tensors_get_the_callers_own():
@@ -118,6 +128,8 @@ def test_damaged_and_hostile_data_is_refused():
             shmx.ext_hook(83, msgspec.msgpack.encode(content))
     with pytest.raises(shmx.InvalidHandleError):
         shmx.ext_hook(83, b"\xc1")
+    with pytest.raises(shmx.InvalidHandleError, match="no dtype 'load'"):
+        shmx.ext_hook(83, msgspec.msgpack.encode([0, b"abcd", "load", [1]]))
 
 
 def test_other_extensions_pass():
