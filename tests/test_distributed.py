@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import io
 import os
 import pickle
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 import shmx
 from shmx import distributed
+from shmx.pickling import take_apart
 from tests.blocks import messages
 from tests.children import BOUND
 from tests.forkserver import preloaded
@@ -391,3 +393,32 @@ def test_a_killed_rank_leaves_no_message(children, tmp_path):
     ranks[1].join()
     assert ranks[0].result() == 0
     ranks[2].kill()
+
+
+def test_no_hold_waits_for_a_garbage_collection():
+    gc.disable()
+    try:
+        handles: list[shmx.SharedTensor] = []
+        stream = io.BytesIO()
+        distributed._Numbered(stream, handles).dump(take_apart([pattern(1)], None))
+        (restored,) = distributed._Load(stream.getvalue(), handles)()
+        assert shmx.stats()["arena"]["held_blocks"] == 1
+        handles.clear()
+        assert shmx.stats()["arena"]["held_blocks"] == 0
+        assert is_pattern(restored, 1)
+    finally:
+        gc.enable()
+
+
+def send_views(rank):
+    base = pattern(1).reshape(64, -1)
+    objects = [[base, base[3:5], base.t()]] if rank == 0 else [None]
+    distributed.broadcast_object_list(objects)
+    whole, rows, turned = objects[0]
+    if rank:
+        whole[4, 0] = -5
+    return rank == 0 or (int(rows[1, 0]), int(turned[0, 4])) == (-5, -5)
+
+
+def test_views_of_one_tensor_stay_views_of_one(children, tmp_path):
+    assert everywhere(children, tmp_path, send_views, world=2) == [True] * 2

@@ -140,6 +140,7 @@ def _pointer_class(original: Any) -> Any:
         """A feature in shared memory. Takes a segment of SGLang's own, too, and treats it as SGLang does."""
 
         _shared: SharedTensor | None = None
+        _is_sglangs = False
 
         def __init__(self, tensor: torch.Tensor, precomputed_hash: int | None = None) -> None:
             self._set(tensor.shape, tensor.dtype, precomputed_hash)
@@ -171,6 +172,7 @@ def _pointer_class(original: Any) -> Any:
         def __setstate__(self, state: dict[str, Any]) -> None:
             name = state["shm_name"]
             if isinstance(name, str) and not name.startswith(TEXT_PREFIX):
+                self._is_sglangs = True
                 super().__setstate__(state)
                 return
             self._set(state["shape"], state["dtype"], state.get("precomputed_hash"))
@@ -194,8 +196,8 @@ def _pointer_class(original: Any) -> Any:
 
         def materialize(self) -> torch.Tensor:
             """Writable memory of the caller's own; gives up this process's hold of the shared bytes."""
-            if self._shm_handle is not None:
-                return super().materialize()
+            if self._is_sglangs:
+                return super().materialize()  # type: ignore[no-any-return]
             try:
                 if self._materialization_error is not None:
                     raise RuntimeError(self._materialization_error)
@@ -211,7 +213,7 @@ def _pointer_class(original: Any) -> Any:
 
         def close_and_unlink(self) -> None:
             """Give up this process's hold; what others still have to load stays. Idempotent."""
-            if self._shm_handle is not None:
+            if self._is_sglangs:
                 super().close_and_unlink()
                 return
             self.tensor = None
@@ -392,7 +394,7 @@ def _finalize(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _finalize_shm_features(self: Any, recv_reqs: Any) -> None:
         # The same requests, so the same answer, on all ranks.
-        own = any(_is_own_segment(value) for request in recv_reqs or () for value in _features(request))
+        own = any(getattr(value, "_is_sglangs", False) for request in recv_reqs or () for value in _features(request))
         token = _own_segments.set(own)
         try:
             original(self, recv_reqs)
@@ -400,11 +402,6 @@ def _finalize(original: Callable[..., None]) -> Callable[..., None]:
             _own_segments.reset(token)
 
     return _finalize_shm_features
-
-
-def _is_own_segment(value: Any) -> bool:
-    name = getattr(value, "shm_name", "")
-    return bool(name) and not name.startswith(TEXT_PREFIX)
 
 
 def _barrier(original: Callable[..., Any]) -> Callable[..., Any]:
