@@ -233,6 +233,16 @@ TEST_CASE("a tensor that exceeds its block is refused and holds nothing") {
   CHECK(block.holds.load() == hold_bit(kOwnerSlot));
 }
 
+TEST_CASE("a tensor that reaches into the rest of its block, where an earlier one may lie, is refused") {
+  const auto arena = Arena::create(small_options());
+  const Allocation made = arena->allocate(ByteCount{5000});
+  REQUIRE(entry_of(made.hold).place.bytes.load() > 5000);
+  HandleState state = send(made.hold, exactly(0));
+  CHECK(Handle::load(state).available());
+  state.meta.shape = {5001};
+  CHECK(code_of([&] { return Handle::load(state); }) == ErrorCode::kInvalidHandle);
+}
+
 TEST_CASE("a tensor that just fits its block, and one without elements, are loaded") {
   const Published published;
   HandleState state = published.pickle(exactly(0));
