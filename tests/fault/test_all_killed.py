@@ -104,11 +104,13 @@ def after_the_time_to_live() -> None:
 
 
 def by_force() -> None:
+    from shmx.cli import main
+
     kill_an_engine(3600.0)
     dead, held = len(names()), used_bytes()
-    subprocess.run([sys.executable, "-m", "shmx", "gc"], check=True, stdout=subprocess.DEVNULL)
+    assert main(["gc"]) == 0
     assert names()  # messages wait
-    subprocess.run([sys.executable, "-m", "shmx", "gc", "--force"], check=True, stdout=subprocess.DEVNULL)
+    assert main(["gc", "--force"]) == 0
     assert (names(), used_bytes()) == ([], 0)
     print(f"{dead} names with {held >> 20} MiB of dead processes, 0 bytes after shmx gc --force")
 
