@@ -214,11 +214,12 @@ def main(library: str, name: str) -> None:
     count = failer.shmx_list_calls(pid, numbers, len(numbers))
     assert _result(pid, reader) == "", "it fails by itself"
     assert 0 <= count <= len(numbers)
+    every = os.environ.get("SHMX_LONG") == "1"
     points = 0
     wrong = []
     for n in range(count):
         call, errnos = ERRNOS.get(numbers[n], ("", ()))
-        for number in errnos:
+        for number in errnos if every else errnos[:1]:
             pid, reader = _fork(failer, prepare)
             failed = failer.shmx_fail_call(pid, ctypes.c_int64(n), number)
             said = _result(pid, reader)
