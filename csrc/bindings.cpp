@@ -1121,8 +1121,17 @@ bool pin_arena(const SharedTensor& tensor, const std::string& backend, int devic
 void refuse_pinning(const SharedTensor& tensor) {
   const py::gil_scoped_release released;
   const auto attachment = attach(tensor.handle().origin().arena);
+  // What is locked stays so until it is unmapped: another thread may be about to copy from it.
   attachment->refuse_pinning();
-  attachment->unpin();
+}
+
+// For measurements: locked pages are given up by themselves when they are unmapped.
+void unpin_arena(const SharedTensor& tensor) {
+  const py::gil_scoped_release released;
+  if (InFlight::instance().report().copies != 0) {
+    throw Error(ErrorCode::kDevice, "copies are under way: synchronize the device and call poll_copies first");
+  }
+  attach(tensor.handle().origin().arena)->unpin();
 }
 
 py::dict pin_report() {
@@ -1293,6 +1302,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("registered_cuts", &registered_cuts, "address"_a, "bytes"_a, "backend"_a, "device"_a);
   module.def("pin", &pin_arena, "handle"_a, "backend"_a, "device"_a);
   module.def("refuse_pinning", &refuse_pinning, "handle"_a);
+  module.def("unpin", &unpin_arena, "handle"_a);
   module.def("settle_pinning", [] { Pinner::instance().settle(); }, py::call_guard<py::gil_scoped_release>());
   module.def("poll_copies", [] { InFlight::instance().poll(); }, py::call_guard<py::gil_scoped_release>());
   module.def("pin_report", &pin_report);

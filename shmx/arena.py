@@ -320,7 +320,7 @@ def attach(
         Any handle of the arena; in the process that owns it, too.
     pin
         ``"auto"``: lock the pages for ``device``, if one is given; if that cannot be done, warn and go on without.
-        ``"require"``: raise then. ``"off"``: do not lock pages of this arena in this process, also not on first use.
+        ``"require"``: raise then. ``"off"``: lock no more pages of this arena in this process, also not on first use.
     device
         The device that copies will go to; with ``"require"`` the current accelerator by default.
 

@@ -17,7 +17,7 @@ from shmx.bench.questions import bounds, hot_path, scaling
 from shmx.bench.report import Table
 from shmx.bench.worker import Worker, WorkerError
 
-QUESTIONS = ("bounds", "small", "hot_path", "scaling", "cold")
+QUESTIONS = ("bounds", "small", "hot_path", "scaling", "cold", "cuda")
 
 
 @pytest.mark.parametrize("name", QUESTIONS)

@@ -16,6 +16,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -101,6 +102,12 @@ void make_current() { driver().set_current(driver().contexts[current_device]); }
 
 void* handle_of(const c10::Stream& stream) { return reinterpret_cast<void*>(stream.id()); }
 
+// Of both devices; the default ones are the driver's.
+std::vector<void*>& all_streams() {
+  static auto* streams = new std::vector<void*>{nullptr};
+  return *streams;
+}
+
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   static constexpr c10::DeviceType static_type = kDevice;
   Guard() = default;
@@ -129,6 +136,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     make_current();
     void* handle = nullptr;
     check(driver().make_stream(&handle, 1), "cuStreamCreate");
+    all_streams().push_back(handle);
     return stream(device, handle);
   }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override { return getNewStream(device, 0); }
@@ -213,6 +221,8 @@ struct HostAllocator final : at::HostAllocator {
   static void give(void* memory) {
     if (memory == nullptr) return;
     make_current();
+    // torch's allocator keeps it until the copies have been done; this one waits for them.
+    for (void* stream : all_streams()) driver().synchronize_stream(stream);
     driver().unlock_pages(memory);
     std::free(memory);
   }
