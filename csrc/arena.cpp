@@ -17,6 +17,8 @@ namespace {
 
 constexpr std::uint64_t kDefaultCapacity = 64ULL << 30;
 constexpr std::uint64_t kLargestCapacity = 1ULL << 46;
+// A /dev/shm below it was sized without shared tensors in mind: 64 MiB is the default of a container.
+constexpr std::uint64_t kSmallShm = 1ULL << 30;
 // How many blocks one allocation looks at before it prefers to grow.
 constexpr std::uint32_t kRecentLooks = 3;
 constexpr std::uint32_t kTurnLooks = 6;
@@ -28,8 +30,33 @@ Ticks to_ticks(double seconds) {
 
 std::uint64_t round_up(std::uint64_t bytes, std::uint64_t step) { return (bytes + step - 1) / step * step; }
 
-ArenaOptions checked(ArenaOptions options) {
-  if (options.capacity == 0) options.capacity = std::min(shm_filesystem_bytes() / 2, kDefaultCapacity);
+std::uint64_t default_capacity(Backend backend) {
+  const std::uint64_t bytes = backend == Backend::kShm ? shm_filesystem_bytes() : available_memory();
+  return std::min(bytes / 2, kDefaultCapacity);
+}
+
+// False too where there is no /dev/shm.
+bool shm_can_hold(std::uint64_t capacity) {
+  try {
+    if (capacity != 0) return shm_filesystem_room() >= capacity;
+    return shm_filesystem_bytes() >= kSmallShm || default_capacity(Backend::kShm) >= default_capacity(Backend::kMemfd);
+  } catch (const Error&) {
+    return false;
+  }
+}
+
+Backend chosen(const ArenaOptions& options) {
+  if (options.group && options.backend == BackendChoice::kMemfd) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "a group needs backend shm: what has no name is opened through /proc, which only the same user id may");
+  }
+  if (options.group) return Backend::kShm;
+  if (options.backend == BackendChoice::kAuto) return shm_can_hold(options.capacity) ? Backend::kShm : Backend::kMemfd;
+  return options.backend == BackendChoice::kShm ? Backend::kShm : Backend::kMemfd;
+}
+
+ArenaOptions checked(ArenaOptions options, Backend backend) {
+  if (options.capacity == 0) options.capacity = default_capacity(backend);
   const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
   if (options.capacity < page || options.capacity > kLargestCapacity) {
     throw Error(ErrorCode::kInvalidArgument, "capacity must lie between " + human_bytes(page) + " and " +
@@ -66,19 +93,21 @@ ArenaOptions checked(ArenaOptions options) {
 }  // namespace
 
 std::shared_ptr<Arena> Arena::create(ArenaOptions options) {
-  options = checked(options);
+  // What dead processes have left makes no choice.
   (void)reap_all(Expiry::kTimeToLive);
+  const Backend backend = chosen(options);
+  options = checked(options, backend);
   for (;;) {
     const ArenaId id{random_id()};
     std::unique_lock guard(attach_mutex());
     const std::string name = control_name(id);
-    auto control = ControlSegment::create(id, {options.capacity, to_ticks(options.ticket_ttl), options.group});
+    auto control = ControlSegment::create(id, {options.capacity, to_ticks(options.ticket_ttl), options.group, backend});
     std::shared_ptr<Attachment> attachment;
     try {
       // A reaper that came upon the name before it was locked has removed it: take another one.
       std::optional<PeerLock> lock;
       try {
-        lock = PeerLock::try_take(name, control.identity(), kOwnerSlot, Inheritance::kThisProcess);
+        lock = PeerLock::try_take(control.file(), kOwnerSlot, Inheritance::kThisProcess);
       } catch (const Error& error) {
         if (error.code() != ErrorCode::kSegmentLost) throw;
       }
@@ -101,7 +130,7 @@ std::shared_ptr<Arena> Arena::create(ArenaOptions options) {
     } catch (...) {
       if (attachment) {
         leave(*attachment);
-      } else {
+      } else if (backend == Backend::kShm) {
         unlink_segment(name);
       }
       throw;
@@ -374,7 +403,7 @@ void Arena::drop_segment(std::uint32_t slot) {
   const std::lock_guard prepared(prepare_mutex_);
   Segment& segment = segments_[slot];
   // First: where that fails, the segment stays what it is.
-  unlink_segment(data_name(control().arena(), segment.id));
+  control().remove_data(segment.id, segment.base, segment.committed);
   space_.forget_segment(slot);
   SegmentEntry& shared = control().header().segments[slot];
   // relaxed: ordered by the count.
@@ -529,8 +558,9 @@ void Arena::close() {
   stop_growing();
   if (!attachment_->usable() || !attachment_->is_owner()) return;
   // Views of this process may still be alive: then the last of them takes the arena away.
-  attachment_->set_on_idle([](Attachment& idle) noexcept { leave(idle); });
-  if (attachment_->uses() == 0) leave(*attachment_);
+  const auto end = backend() == Backend::kShm ? &leave : &leave_when_done;
+  attachment_->set_on_idle(end);
+  if (attachment_->uses() == 0) end(*attachment_);
 }
 
 void Arena::lock_for_fork() noexcept {

@@ -27,8 +27,11 @@
 
 namespace shmx {
 
+// kAuto: names in /dev/shm, unless that cannot hold the capacity.
+enum class BackendChoice : std::uint8_t { kShm, kMemfd, kAuto };
+
 struct ArenaOptions {
-  std::uint64_t capacity = 0;                // 0: the lesser of half of /dev/shm and 64 GiB
+  std::uint64_t capacity = 0;                // 0: the lesser of 64 GiB and half of /dev/shm, or of available memory
   std::uint64_t segment_bytes = 256U << 20;  // size of a data segment; reserved only as used
   double ticket_ttl = 300;                   // seconds
   double reuse_delay = 0.1;                  // seconds
@@ -36,6 +39,7 @@ struct ArenaOptions {
   std::uint64_t reserve = 0;                 // bytes to take from the system ahead of need, in the background
   std::optional<int> numa_node;              // where the memory is to lie; by default where the producer runs
   std::optional<gid_t> group;                // whose members may attach, too; by default this user id alone
+  BackendChoice backend = BackendChoice::kShm;
 };
 
 struct Allocation {
@@ -46,6 +50,7 @@ struct Allocation {
 
 struct ArenaStats {
   std::string name;
+  Backend backend;
   std::uint64_t capacity;
   std::uint64_t reserved;   // bytes of shared memory taken from the system
   std::uint64_t in_blocks;  // bytes of blocks that hold a tensor or may be loaded yet
@@ -116,6 +121,7 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   [[nodiscard]] const std::shared_ptr<Attachment>& attachment() const { return attachment_; }
   [[nodiscard]] const ArenaOptions& options() const { return options_; }
   [[nodiscard]] std::string name() const { return attachment_->control().name(); }
+  [[nodiscard]] Backend backend() const { return attachment_->control().backend(); }
 
   void lock_for_fork() noexcept override;
   void unlock_in_parent() noexcept override;
@@ -170,6 +176,7 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   void enter(std::uint32_t slot, std::uint64_t bytes);
   [[nodiscard]] bool grows_ahead() const;
   [[nodiscard]] std::uint64_t ahead() const;
+  [[nodiscard]] bool plenty_left(std::uint64_t bytes) const;
   void want_growth();
   bool grow_ahead() noexcept;
   std::uint32_t add_segment(std::uint64_t bytes);

@@ -32,17 +32,18 @@ std::uint64_t whole_pages(std::uint64_t bytes) { return (bytes + page_size() - 1
 
 std::uint64_t whole_steps(std::uint64_t bytes) { return (bytes + kStep - 1) / kStep * kStep; }
 
-// What /dev/shm has to have left before anything is taken from it ahead of need.
-bool plenty_left(std::uint64_t bytes) {
-  const auto room = memory_cgroup_room();
-  return shm_filesystem_room() / 4 >= bytes && (!room || *room / 4 >= bytes);
-}
-
 }  // namespace
 
 bool Arena::grows_ahead() const { return options_.capacity >= kSmallestGrowingAhead; }
 
 std::uint64_t Arena::ahead() const { return std::clamp(reserved_ / 4, kStep, kLargestAhead); }
+
+// What the system has to have left before anything is taken from it ahead of need.
+bool Arena::plenty_left(std::uint64_t bytes) const {
+  if (backend() == Backend::kMemfd) return available_memory() / 4 >= bytes;
+  const auto room = memory_cgroup_room();
+  return shm_filesystem_room() / 4 >= bytes && (!room || *room / 4 >= bytes);
+}
 
 std::optional<Arena::Growth> Arena::growth_in_segments(std::uint64_t size) const {
   // Where the most bytes are free already.
@@ -90,15 +91,14 @@ void Arena::commit(std::uint32_t slot, std::uint64_t bytes) {
   // More than the request needs is only taken where it is to be had.
   const std::uint64_t room = std::min(segment.bytes - segment.committed, options_.capacity - reserved_);
   std::uint64_t step = std::min(grows_ahead() ? whole_steps(bytes) : whole_pages(std::max(bytes, ahead())), room);
-  const std::string file_name = data_name(control().arena(), segment.id);
-  auto fd = open_segment(file_name);
-  if (!fd) throw lost_name_error(file_name);
+  const DataFile file = control().open_data(slot, segment.id);
+  const std::uint64_t offset = file.offset + segment.committed;
   try {
-    reserve_segment(fd->get(), file_name, segment.committed, ByteCount{step});
+    reserve_segment(file.fd.get(), file.name, offset, ByteCount{step}, backend());
   } catch (const Error& error) {
     if (error.code() != ErrorCode::kArenaFull || step == bytes) throw;
     step = bytes;
-    reserve_segment(fd->get(), file_name, segment.committed, ByteCount{step});
+    reserve_segment(file.fd.get(), file.name, offset, ByteCount{step}, backend());
   }
   prefault_new(segment.base + segment.committed, step);
   enter(slot, step);
@@ -146,16 +146,15 @@ bool Arena::grow_ahead() noexcept {
     const std::uint64_t offset = segments_[slot].committed;
     bytes = std::min(bytes, segments_[slot].bytes - offset);
     std::byte* const base = segments_[slot].base;
-    const std::string file_name = data_name(control().arena(), segments_[slot].id);
+    const std::uint32_t id = segments_[slot].id;
     // So that no request counts on these bytes meanwhile.
     reserved_ += bytes;
     guard.unlock();
     bool reserved = false;
     try {
-      if (auto fd = open_segment(file_name)) {
-        reserve_segment(fd->get(), file_name, offset, ByteCount{bytes});
-        reserved = true;
-      }
+      const DataFile file = control().open_data(slot, id);
+      reserve_segment(file.fd.get(), file.name, file.offset + offset, ByteCount{bytes}, backend());
+      reserved = true;
     } catch (const std::exception&) {
       // A request that needs the bytes will say what is wrong.
       reserved = false;
@@ -205,18 +204,16 @@ std::uint32_t Arena::add_segment(std::uint64_t bytes) {
   }
   if (slot == segments_.size()) segments_.emplace_back();
   const std::uint32_t id = next_segment_id_++;
-  const std::string file_name = data_name(control().arena(), id);
-  const UniqueFd fd = create_segment(file_name);
+  const DataFile file = control().create_data(slot, id, ByteCount{bytes});
   try {
-    open_like(fd.get(), file_name, file_facts(control().file().fd(), name()));
-    size_segment(fd.get(), file_name, ByteCount{bytes});
-    Mapping mapping(fd.get(), file_name, ByteCount{bytes}, Access::kReadWrite);
+    Mapping mapping(file.fd.get(), file.name, ByteCount{bytes}, Access::kReadWrite, file.offset);
+    if (backend() == Backend::kMemfd) advise_huge_pages(mapping.base(), bytes);
     if (options_.numa_node) prefer_node(mapping.base(), bytes, *options_.numa_node);
     segments_[slot] = Segment{id, bytes, 0, mapping.base(), {}};
     note_addresses(mapping.base(), bytes);
     attachment_->add_mapping(slot, id, std::move(mapping));
   } catch (...) {
-    unlink_segment(file_name);
+    control().remove_data(id, nullptr, 0);
     throw;
   }
   SegmentEntry& shared = control().header().segments[slot];

@@ -47,6 +47,7 @@ ArenaStats Arena::stats() {
   const std::lock_guard guard(mutex_);
   ArenaStats stats{};
   stats.name = name();
+  stats.backend = backend();
   stats.capacity = options_.capacity;
   stats.reserved = reserved_;
   stats.largest_free = space_.largest();

@@ -50,10 +50,10 @@ void Hold::release() {
   attachment->unuse(block_);
 }
 
-std::shared_ptr<Attachment> Attachment::join(ArenaId arena) {
-  auto control = ControlSegment::open(arena);
-  if (!control) throw lost(control_name(arena));
-  auto seat = PeerLock::take_any(control->name(), control->identity(), Inheritance::kThisProcess);
+std::shared_ptr<Attachment> Attachment::join(ArenaId arena, DescriptorPlace place) {
+  auto control = ControlSegment::open(arena, place);
+  if (!control) throw place.none() ? lost(control_name(arena)) : lost_place_error(control_name(arena), place);
+  auto seat = PeerLock::take_any(control->file(), Inheritance::kThisProcess);
   if (!seat) {
     throw Error(ErrorCode::kTooManyPeers,
                 "arena " + control->name() + " has " + std::to_string(kMaxPeers) +
@@ -277,21 +277,20 @@ Attachment::DataMapping& Attachment::map_segment(std::uint32_t slot) {
   const SegmentEntry& entry = control_.header().segments[slot];
   const std::uint32_t id = entry.id.load(std::memory_order_acquire);
   if (segment.segment_id.load(std::memory_order_relaxed) == id && segment.mapping.valid()) return segment;
-  const std::string name = data_name(control_.arena(), id);
   const std::uint64_t bytes = entry.bytes.load(std::memory_order_relaxed);
-  auto fd = open_segment(name);
-  if (!fd) throw lost_name_error(name);
-  const FileFacts facts = file_facts(fd->get(), name);
+  const auto [fd, name, offset] = control_.open_data(slot, id);
+  const FileFacts facts = file_facts(fd.get(), name);
   if (!is_trusted(facts.uid, facts.gid, facts.mode)) {
     throw Error(ErrorCode::kInvalidHandle, "segment " + name + " belongs to another user id");
   }
-  if (bytes == 0 || facts.bytes < bytes) {
+  if (bytes == 0 || facts.bytes < bytes || facts.bytes - bytes < offset) {
     throw Error(ErrorCode::kSegmentLost,
                 "segment " + name + " is shorter than its arena says; somebody outside shmx truncated it", ENOENT);
   }
   // The id changes before the base does, so mapped() never pairs the new id with the old base.
   unmap(segment);
-  segment.mapping = Mapping(fd->get(), name, ByteCount{bytes}, peer_access());
+  segment.mapping = Mapping(fd.get(), name, ByteCount{bytes}, peer_access(), offset);
+  if (control_.backend() == Backend::kMemfd) advise_huge_pages(segment.mapping.base(), bytes);
   segment.base.store(segment.mapping.base(), std::memory_order_relaxed);
   segment.bytes.store(segment.mapping.bytes(), std::memory_order_relaxed);
   segment.segment_id.store(id, std::memory_order_release);
@@ -381,7 +380,7 @@ void Attachment::prepare_fork() noexcept {
   fork_plan_ = ForkPlan::kLeftOut;
   fork_failure_.reset();
   try {
-    if (auto seat = PeerLock::take_any(control_.name(), control_.identity(), Inheritance::kNextFork)) {
+    if (auto seat = PeerLock::take_any(control_.file(), Inheritance::kNextFork)) {
       child_lock_ = std::move(seat->first);
       child_slot_ = seat->second;
       control_.clear_slot(child_slot_);
@@ -423,11 +422,11 @@ void Attachment::parent_after_fork() noexcept {
 }
 
 bool Attachment::child_after_fork() noexcept {
-  lock_.forget();           // the parent's page is not mapped here
-  control_.file().close();  // or a lock probed for here would be the parent's, too
-  forget_pins();            // no driver works here
+  lock_.forget();  // the parent's page is not mapped here
+  forget_pins();   // no driver works here
   const ForkPlan plan = std::exchange(fork_plan_, ForkPlan::kNone);
   if (plan != ForkPlan::kJoins) {
+    control_.file().close();
     inert_.store(true, std::memory_order_relaxed);
     left_out_of_fork_.store(plan == ForkPlan::kLeftOut, std::memory_order_relaxed);
     if (plan == ForkPlan::kLeftOut) {
@@ -436,6 +435,7 @@ bool Attachment::child_after_fork() noexcept {
     }
     return false;
   }
+  control_.file().renew();  // or a lock probed for here would be the parent's, too
   lock_ = std::move(child_lock_);
   lock_.keep_from_children();
   slot_ = child_slot_;

@@ -61,7 +61,7 @@ void set_peer_access(Access access);
 class Attachment : public std::enable_shared_from_this<Attachment> {
  public:
   // Joins an existing arena. Throws SegmentLost, TooManyPeers, InvalidHandle.
-  [[nodiscard]] static std::shared_ptr<Attachment> join(ArenaId arena);
+  [[nodiscard]] static std::shared_ptr<Attachment> join(ArenaId arena, DescriptorPlace place = {});
   // The owner's own membership, with the owner slot already locked.
   Attachment(ControlSegment control, PeerLock lock, PeerSlot slot);
   ~Attachment();
@@ -134,6 +134,9 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   // The allocator of this arena, in the process that owns it.
   void set_owner(std::weak_ptr<Arena> owner) { owner_ = std::move(owner); }
   [[nodiscard]] std::shared_ptr<Arena> owner() const { return owner_.lock(); }
+  // The owner has closed an arena without a name while messages are on their way, and keeps it open for them.
+  [[nodiscard]] bool lingers() const { return lingers_.load(std::memory_order_relaxed); }
+  void linger() { lingers_.store(true, std::memory_order_relaxed); }
   // What to do when the last use ends. Called without locks; must not throw.
   void set_on_idle(void (*on_idle)(Attachment&) noexcept) { on_idle_.store(on_idle, std::memory_order_seq_cst); }
 
@@ -195,6 +198,7 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   std::weak_ptr<Arena> owner_;
   std::atomic<bool> inert_{false};
   std::atomic<bool> left_out_of_fork_{false};
+  std::atomic<bool> lingers_{false};
   std::atomic<void (*)(Attachment&) noexcept> on_idle_{nullptr};
 
   std::mutex map_mutex_;  // held across system calls

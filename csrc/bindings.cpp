@@ -512,11 +512,21 @@ std::uint64_t positive_bytes(const py::int_& number, const char* name) {
   return bytes;
 }
 
+const char* backend_name(Backend backend) { return backend == Backend::kShm ? "shm" : "memfd"; }
+
+BackendChoice backend_choice(const std::string& name) {
+  if (name == "shm") return BackendChoice::kShm;
+  if (name == "memfd") return BackendChoice::kMemfd;
+  if (name == "auto") return BackendChoice::kAuto;
+  throw py::value_error("backend is 'shm', 'memfd' or 'auto', not '" + name + "'");
+}
+
 std::shared_ptr<Arena> make_arena(const std::optional<py::int_>& capacity, const std::optional<py::int_>& segment_bytes,
                                   std::optional<double> ticket_ttl, std::optional<double> reuse_delay, bool scrub,
                                   const std::optional<py::int_>& reserve, std::optional<int> numa_node,
-                                  std::optional<gid_t> group) {
+                                  std::optional<gid_t> group, const std::optional<std::string>& backend) {
   ArenaOptions options;
+  if (backend) options.backend = backend_choice(*backend);
   if (capacity) options.capacity = positive_bytes(*capacity, "capacity");
   if (segment_bytes) options.segment_bytes = positive_bytes(*segment_bytes, "segment_bytes");
   if (ticket_ttl) options.ticket_ttl = *ticket_ttl;
@@ -840,6 +850,7 @@ py::dict arena_stats(Arena& arena) {
   }
   py::dict result;
   result["name"] = stats.name;
+  result["backend"] = backend_name(stats.backend);
   result["capacity"] = stats.capacity;
   result["reserved_bytes"] = stats.reserved;
   result["bytes_in_use"] = stats.in_blocks;
@@ -872,6 +883,7 @@ py::list membership_counts() {
     }
     py::dict one;
     one["name"] = attachment->control().name();
+    one["backend"] = backend_name(attachment->control().backend());
     one["loaded"] = counts.loaded;
     one["stale_loads"] = counts.stale_loads;
     one["held_blocks"] = counts.held_blocks;
@@ -921,6 +933,7 @@ const char* state_name(ArenaState state) {
 py::dict describe(const ArenaSurvey& arena) {
   py::dict result;
   result["name"] = arena.name;
+  result["backend"] = backend_name(arena.backend);
   result["state"] = state_name(arena.state);
   result["trouble"] = arena.trouble;
   result["uid"] = arena.uid;
@@ -1167,7 +1180,7 @@ void leave_devices_and_all() {
 // Joins the arena of a handle and maps all of it.
 void attach_to(const SharedTensor& tensor) {
   const py::gil_scoped_release released;
-  const auto attachment = attach(tensor.handle().origin().arena);
+  const auto attachment = attach(tensor.handle().origin().arena, tensor.handle().origin().place);
   attachment->map_all();
 }
 
@@ -1257,7 +1270,7 @@ PYBIND11_MODULE(_core, module) {
   py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
       .def(py::init(&make_arena), py::kw_only(), "capacity"_a = py::none(), "segment_bytes"_a = py::none(),
            "ticket_ttl"_a = py::none(), "reuse_delay"_a = py::none(), "scrub"_a = false, "reserve"_a = py::none(),
-           "numa_node"_a = py::none(), "group"_a = py::none())
+           "numa_node"_a = py::none(), "group"_a = py::none(), "backend"_a = py::none())
       .def(
           "share",
           [](Arena& arena, const py::object& tensor, const std::optional<std::string>& key,
@@ -1276,6 +1289,7 @@ PYBIND11_MODULE(_core, module) {
       .def("close", &Arena::close, py::call_guard<py::gil_scoped_release>())
       .def("stats", &arena_stats)
       .def_property_readonly("name", &Arena::name)
+      .def_property_readonly("backend", [](const Arena& arena) { return backend_name(arena.backend()); })
       .def_property_readonly("closed", &Arena::closed)
       .def_property_readonly("capacity", [](const Arena& arena) { return arena.options().capacity; });
 

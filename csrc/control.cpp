@@ -1,5 +1,6 @@
 #include "control.hpp"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -8,24 +9,37 @@
 
 #include "block_state.hpp"
 #include "error.hpp"
+#include "host.hpp"
 #include "peer_lock.hpp"
+#include "process.hpp"
 
 namespace shmx {
 namespace {
 
 // Table entries are reserved in steps: 256 entries are 32 KiB.
 constexpr std::uint32_t kTableStep = 256;
+// In a file that holds everything, segments begin where a huge page can.
+constexpr std::uint64_t kSegmentAlignment = 2U << 20;
 
 }  // namespace
 
+ControlSegment::ControlSegment(ArenaId arena, SegmentFile file, FileIdentity identity, Mapping mapping)
+    : arena_(arena),
+      host_(file.backend() == Backend::kShm ? host_id() : process_space_id()),
+      file_(std::move(file)),
+      identity_(identity),
+      mapping_(std::move(mapping)) {}
+
 ControlSegment ControlSegment::create(ArenaId arena, const ControlOptions& options) {
   const std::string name = control_name(arena);
-  UniqueFd fd = create_segment(name);
+  const bool named = options.backend == Backend::kShm;
+  UniqueFd fd = named ? create_segment(name) : create_nameless_segment(name);
   try {
-    SegmentFile file(name, std::move(fd));
+    const DescriptorPlace place = named ? DescriptorPlace{} : place_of(fd.get());
+    SegmentFile file(name, std::move(fd), place);
     if (options.group) open_to_group(file.fd(), name, *options.group);
     size_segment(file.fd(), name, ByteCount{kControlBytes});
-    reserve_segment(file.fd(), name, 0, ByteCount{kHeaderBytes});
+    reserve_segment(file.fd(), name, 0, ByteCount{kHeaderBytes}, options.backend);
     Mapping mapping(file.fd(), name, ByteCount{kControlBytes}, Access::kReadWrite);
     const FileIdentity identity = file_facts(file.fd(), name).identity;
     ControlSegment control(arena, std::move(file), identity, std::move(mapping));
@@ -39,14 +53,14 @@ ControlSegment ControlSegment::create(ArenaId arena, const ControlOptions& optio
     header.ttl_ticks = options.ttl_ticks;
     return control;
   } catch (...) {
-    unlink_segment(name);
+    if (named) unlink_segment(name);
     throw;
   }
 }
 
-std::optional<ControlSegment> ControlSegment::open(ArenaId arena) {
+std::optional<ControlSegment> ControlSegment::open(ArenaId arena, DescriptorPlace place) {
   const std::string name = control_name(arena);
-  auto fd = open_segment(name);
+  auto fd = place.none() ? open_segment(name) : open_nameless_segment(name, place);
   if (!fd) return std::nullopt;
   const FileFacts facts = file_facts(fd->get(), name);
   if (!is_trusted(facts.uid, facts.gid, facts.mode)) {
@@ -61,7 +75,7 @@ std::optional<ControlSegment> ControlSegment::open(ArenaId arena) {
   if (got != sizeof magic || magic == 0 || facts.bytes < kHeaderBytes) {
     throw Error(ErrorCode::kSegmentLost, "arena " + name + " is not ready: its creation was interrupted", ENOENT);
   }
-  SegmentFile file(name, std::move(*fd));
+  SegmentFile file(name, std::move(*fd), place);
   Mapping mapping(file.fd(), name, ByteCount{std::min(facts.bytes, kControlBytes)}, Access::kReadWrite);
   ControlSegment control(arena, std::move(file), facts.identity, std::move(mapping));
   const ControlHeader& header = control.header();
@@ -73,9 +87,10 @@ std::optional<ControlSegment> ControlSegment::open(ArenaId arena) {
                                                std::to_string(kLayoutVersion) +
                                                "; run the same shmx version in all processes");
   }
-  if (magic != kMagic || facts.bytes != kControlBytes || header.arena_id != value(arena) ||
-      header.header_bytes != kHeaderBytes || header.max_blocks != kMaxBlocks ||
-      header.lifecycle.load(std::memory_order_relaxed) > Lifecycle::kGone) {
+  // Behind the control segment of an arena without names lies its data.
+  const bool whole = place.none() ? facts.bytes == kControlBytes : facts.bytes >= kControlBytes;
+  if (magic != kMagic || !whole || header.arena_id != value(arena) || header.header_bytes != kHeaderBytes ||
+      header.max_blocks != kMaxBlocks || header.lifecycle.load(std::memory_order_relaxed) > Lifecycle::kGone) {
     throw Error(ErrorCode::kInvalidHandle,
                 "arena " + name +
                     " is damaged: its control segment was cut or overwritten by something other "
@@ -102,7 +117,7 @@ void ControlSegment::grow_table(std::uint32_t count) {
   }
   const std::uint32_t target = std::min((count + kTableStep - 1) / kTableStep * kTableStep, kMaxBlocks);
   reserve_segment(file_.fd(), name(), kHeaderBytes + std::uint64_t{now} * sizeof(BlockEntry),
-                  ByteCount{std::uint64_t{target - now} * sizeof(BlockEntry)});
+                  ByteCount{std::uint64_t{target - now} * sizeof(BlockEntry)}, backend());
   // release: pairs with block_count().
   header().block_count.store(target, std::memory_order_release);
 }
@@ -135,6 +150,56 @@ std::uint32_t ControlSegment::sweep(std::uint64_t spared) {
     }
   }
   return dead;
+}
+
+DataFile ControlSegment::create_data(std::uint32_t slot, std::uint32_t id, ByteCount bytes) {
+  const std::string name = data_name(arena_, id);
+  if (backend() == Backend::kShm) {
+    UniqueFd fd = create_segment(name);
+    try {
+      open_like(fd.get(), name, file_facts(file_.fd(), this->name()));
+      size_segment(fd.get(), name, bytes);
+    } catch (...) {
+      unlink_segment(name);
+      throw;
+    }
+    return {std::move(fd), name, 0};
+  }
+  DataFile data = [&] {
+    const std::lock_guard guard(probe_mutex());
+    return DataFile{file_.open_again(), name, 0};
+  }();
+  // Never where another segment has been: a peer may still have that mapped.
+  data.offset = (file_facts(data.fd.get(), name).bytes + kSegmentAlignment - 1) / kSegmentAlignment * kSegmentAlignment;
+  size_segment(data.fd.get(), name, ByteCount{data.offset + value(bytes)});
+  // relaxed: the segment's id is published after it.
+  header().file_offsets[slot].store(data.offset, std::memory_order_relaxed);
+  return data;
+}
+
+DataFile ControlSegment::open_data(std::uint32_t slot, std::uint32_t id) {
+  const std::string name = data_name(arena_, id);
+  if (backend() == Backend::kShm) {
+    auto fd = open_segment(name);
+    if (!fd) throw lost_name_error(name);
+    return {std::move(*fd), name, 0};
+  }
+  // relaxed: the caller has read the segment's id.
+  const std::uint64_t offset = header().file_offsets[slot].load(std::memory_order_relaxed);
+  if (offset < kControlBytes || offset % kSegmentAlignment != 0) {
+    throw Error(ErrorCode::kInvalidHandle, "arena " + this->name() + " has a damaged segment table");
+  }
+  const std::lock_guard guard(probe_mutex());
+  return {file_.open_again(), name, offset};
+}
+
+void ControlSegment::remove_data(std::uint32_t id, std::byte* base, std::uint64_t bytes) {
+  const std::string name = data_name(arena_, id);
+  if (backend() == Backend::kShm) {
+    unlink_segment(name);
+  } else if (bytes != 0 && ::madvise(base, bytes, MADV_REMOVE) != 0) {
+    throw system_error("madvise(MADV_REMOVE)", name, errno);
+  }
 }
 
 }  // namespace shmx

@@ -10,6 +10,14 @@ namespace shmx {
 namespace {
 
 Error foreign_host(const HandleState& state) {
+  if (!state.place.none()) {
+    return {ErrorCode::kForeignHost,
+            "arena " + control_name(state.arena) +
+                " has no name (backend memfd), and its owner is on another host or in another PID namespace; give both "
+                "containers one PID namespace (docker run --pid=container:NAME), or use backend=\"shm\" "
+                "(SHMX_BACKEND=shm) and one /dev/shm (docker run --ipc=host)",
+            ENOENT};
+  }
   return {ErrorCode::kForeignHost,
           "arena " + control_name(state.arena) +
               " is on another host or in another /dev/shm; give both containers one IPC namespace (docker run "
@@ -41,6 +49,9 @@ Error carried(const HandleState& state) {
           system_errno};
 }
 
+// What the handle of an arena that can be reached from here says.
+std::uint32_t own_host(const HandleState& state) { return state.place.none() ? host_id() : process_space_id(); }
+
 void require_inside(const Hold& hold, const TensorMeta& meta) {
   const ControlSegment& control = hold.attachment().control();
   // relaxed: the place of a held block does not change.
@@ -61,8 +72,10 @@ void SentMessage::take_back() noexcept {
 }
 
 void Handle::remember() {
-  origin_.host = host_id();
-  origin_.arena = hold_.attachment().control().arena();
+  const ControlSegment& control = hold_.attachment().control();
+  origin_.host = control.host();
+  origin_.arena = control.arena();
+  origin_.place = control.place();
   origin_.block = hold_.block();
   origin_.generation = hold_.generation();
 }
@@ -76,11 +89,10 @@ Handle Handle::load(const HandleState& state) {
   TensorMeta meta = state.meta;
   if (state.reason != ErrorCode::kNone) {
     failure = carried(state);
-  } else if (state.host != host_id()) {
-    failure = foreign_host(state);
   } else {
     try {
-      hold = load_block(state.arena, state.block, state.generation, state.message);
+      if (state.host != own_host(state)) throw foreign_host(state);
+      hold = load_block(state.arena, state.place, state.block, state.generation, state.message);
     } catch (const Error& error) {
       failure = error;
     }
@@ -168,10 +180,10 @@ std::string Handle::to_bytes(Readers readers, std::optional<SentMessage>& sent) 
 }
 
 bool discard(const HandleState& state) {
-  if (!state.message || state.host != host_id() || state.reason != ErrorCode::kNone) return false;
+  if (!state.message || state.host != own_host(state) || state.reason != ErrorCode::kNone) return false;
   std::shared_ptr<Attachment> attachment;
   try {
-    attachment = attach(state.arena);
+    attachment = attach(state.arena, state.place);
   } catch (const Error& error) {
     if (error.code() == ErrorCode::kSegmentLost) return false;
     throw;

@@ -13,7 +13,17 @@ constexpr std::string_view kHandleMagic{"SX\x01", 3};
 constexpr std::string_view kPartMagic{"SP\x01", 3};
 constexpr std::size_t kChecksumBytes = 4;
 
-enum HandleFlag : std::uint8_t { kHasMessage = 1, kHasStrides = 2, kHasReason = 4, kAllHandleFlags = 7 };
+enum HandleFlag : std::uint8_t {
+  kHasMessage = 1,
+  kHasStrides = 2,
+  kHasReason = 4,
+  kHasPlace = 8,
+  kAllHandleFlags = 15,
+};
+
+// Beyond what Linux gives: process ids end at 2^22, descriptors at 2^30.
+constexpr std::uint64_t kLargestPid = 1U << 22;
+constexpr std::uint64_t kLargestFd = 1U << 30;
 
 // No tensor reaches this: products of values below it are checked, sums of them cannot overflow.
 constexpr std::uint64_t kLargestBytes = 1ULL << 48;
@@ -185,11 +195,15 @@ std::string encode_handle(const HandleState& state) {
   Writer out;
   out.bytes_.reserve(96);
   out.bytes_.append(kHandleMagic);
-  out.byte(static_cast<std::uint8_t>((state.message ? kHasMessage : 0) |
-                                     (state.meta.strides.empty() ? 0 : kHasStrides) |
-                                     (state.reason != ErrorCode::kNone ? kHasReason : 0)));
+  out.byte(static_cast<std::uint8_t>(
+      (state.message ? kHasMessage : 0) | (state.meta.strides.empty() ? 0 : kHasStrides) |
+      (state.reason != ErrorCode::kNone ? kHasReason : 0) | (state.place.none() ? 0 : kHasPlace)));
   out.fixed(state.host, 4);
   out.fixed(value(state.arena), 8);
+  if (!state.place.none()) {
+    out.varint(state.place.pid);
+    out.varint(state.place.fd);
+  }
   out.varint(value(state.block));
   out.varint(value(state.generation));
   if (state.message) {
@@ -208,6 +222,12 @@ HandleState decode_handle(std::string_view bytes) {
   if ((flags & ~kAllHandleFlags) != 0) throw invalid("it has unknown flags");
   state.host = static_cast<std::uint32_t>(in.fixed(4));
   state.arena = ArenaId{in.fixed(8)};
+  if ((flags & kHasPlace) != 0) {
+    const std::uint64_t pid = in.varint();
+    const std::uint64_t fd = in.varint();
+    if (pid == 0 || pid > kLargestPid || fd > kLargestFd) throw invalid("its place is out of range");
+    state.place = {static_cast<std::uint32_t>(pid), static_cast<std::uint32_t>(fd)};
+  }
   const std::uint64_t block = in.varint();
   if (block >= kMaxBlocks) throw invalid("its block is out of range");
   state.block = BlockIndex{static_cast<std::uint32_t>(block)};

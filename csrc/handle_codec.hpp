@@ -30,6 +30,7 @@ struct TensorMeta {
 struct HandleState {
   std::uint32_t host = 0;
   ArenaId arena{};
+  DescriptorPlace place;  // of an arena without a name
   BlockIndex block{};
   Generation generation{};
   std::optional<MessageId> message;

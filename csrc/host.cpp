@@ -113,16 +113,24 @@ struct statvfs shm_filesystem() {
   return facts;
 }
 
+// This boot, and the file at that path.
+std::uint32_t identity_of(const char* path) {
+  std::string identity = read_file("/proc/sys/kernel/random/boot_id").value_or("");
+  identity.resize(std::min(identity.find('\n'), identity.size()));
+  struct stat facts{};
+  if (::stat(path, &facts) != 0) throw system_error("stat", path, errno);
+  return fnv1a(identity + "/" + std::to_string(facts.st_dev) + "/" + std::to_string(facts.st_ino));
+}
+
 }  // namespace
 
 std::uint32_t host_id() {
-  static const std::uint32_t id = [] {
-    std::string identity = read_file("/proc/sys/kernel/random/boot_id").value_or("");
-    identity.resize(std::min(identity.find('\n'), identity.size()));
-    struct stat shm{};
-    if (::stat("/dev/shm", &shm) != 0) throw system_error("stat", "/dev/shm", errno);
-    return fnv1a(identity + "/" + std::to_string(shm.st_dev) + "/" + std::to_string(shm.st_ino));
-  }();
+  static const std::uint32_t id = identity_of("/dev/shm");
+  return id;
+}
+
+std::uint32_t process_space_id() {
+  static const std::uint32_t id = identity_of("/proc/self/ns/pid");
   return id;
 }
 
@@ -148,6 +156,17 @@ std::optional<std::uint64_t> memory_cgroup_room() {
     if (!room || left < *room) room = left;
   }
   return room;
+}
+
+std::uint64_t available_memory() {
+  std::uint64_t available = physical_memory();
+  std::istringstream file(read_file("/proc/meminfo").value_or(""));
+  std::string key;
+  std::uint64_t kibibytes = 0;
+  for (std::string rest; file >> key >> kibibytes; std::getline(file, rest)) {
+    if (key == "MemAvailable:") available = kibibytes * 1024;
+  }
+  return std::min(available, memory_cgroup_room().value_or(available));
 }
 
 std::uint64_t shm_filesystem_bytes() {

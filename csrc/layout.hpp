@@ -87,6 +87,8 @@ struct ControlHeader {
 
   alignas(64) PeerEntry peers[kMaxPeers];
   alignas(64) SegmentEntry segments[kMaxSegments];
+  // Of an arena without names, which is one file: where in it each segment begins. Otherwise zero.
+  alignas(64) std::atomic<std::uint64_t> file_offsets[kMaxSegments];
 };
 
 // Page sizes go up to 64 KiB on aarch64; the block table starts on a boundary of the largest.
@@ -100,6 +102,14 @@ enum class Generation : std::uint64_t {};
 enum class PeerSlot : std::uint32_t {};
 enum class ByteCount : std::uint64_t {};
 enum class ArenaId : std::uint64_t {};
+
+// Where the file of an arena without a name is to be had: /proc/<pid>/fd/<fd>. Of an arena with names: none.
+struct DescriptorPlace {
+  std::uint32_t pid = 0;
+  std::uint32_t fd = 0;
+  [[nodiscard]] constexpr bool none() const { return pid == 0; }
+  friend bool operator==(const DescriptorPlace&, const DescriptorPlace&) = default;
+};
 
 constexpr std::uint32_t value(BlockIndex v) { return static_cast<std::uint32_t>(v); }
 constexpr std::uint64_t value(Generation v) { return static_cast<std::uint64_t>(v); }

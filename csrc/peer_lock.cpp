@@ -36,23 +36,29 @@ Error gone(const std::string& control) {
           "arena " + control + " is gone: its owner has left and nothing in it was in use any more", ENOENT};
 }
 
-UniqueFd open_same(const std::string& control, FileIdentity identity) {
-  auto fd = open_segment(control);
-  if (!fd || file_facts(fd->get(), control).identity != identity) throw gone(control);
-  return std::move(*fd);
+UniqueFd open_same(SegmentFile& control) {
+  try {
+    return control.open_again();
+  } catch (const Error& error) {
+    // It was there when the caller mapped it: whoever removed it was entitled to.
+    if (error.code() != ErrorCode::kSegmentLost || control.backend() != Backend::kShm) throw;
+    throw gone(control.name());
+  }
 }
 
 // The lock is taken first and the name checked second: a remover locks first, too, so one of the two sees
 // the other.
-void* pin_lock(UniqueFd fd, const std::string& control, Inheritance inheritance) {
-  if (file_facts(fd.get(), control).links == 0) throw gone(control);
+void* pin_lock(UniqueFd fd, const SegmentFile& control, Inheritance inheritance) {
+  if (control.backend() == Backend::kShm && file_facts(fd.get(), control.name()).links == 0) {
+    throw gone(control.name());
+  }
   void* page = ::mmap(nullptr, page_bytes(), PROT_NONE, MAP_SHARED, fd.get(), 0);
-  if (page == MAP_FAILED) throw system_error("mmap", control, errno);
+  if (page == MAP_FAILED) throw system_error("mmap", control.name(), errno);
   // Or a child would keep the lock of a parent that has died.
   if (inheritance == Inheritance::kThisProcess && ::madvise(page, page_bytes(), MADV_DONTFORK) != 0) {
     const int failure = errno;
     ::munmap(page, page_bytes());
-    throw system_error("madvise", control, failure);
+    throw system_error("madvise", control.name(), failure);
   }
   return page;
 }
@@ -67,20 +73,18 @@ PeerLock& PeerLock::operator=(PeerLock&& other) noexcept {
   return *this;
 }
 
-std::optional<PeerLock> PeerLock::try_take(const std::string& control, FileIdentity identity, PeerSlot slot,
-                                           Inheritance inheritance) {
-  UniqueFd fd = open_same(control, identity);
-  if (!try_lock(fd.get(), control, slot)) return std::nullopt;
+std::optional<PeerLock> PeerLock::try_take(SegmentFile& control, PeerSlot slot, Inheritance inheritance) {
+  UniqueFd fd = open_same(control);
+  if (!try_lock(fd.get(), control.name(), slot)) return std::nullopt;
   return PeerLock(pin_lock(std::move(fd), control, inheritance));
 }
 
-std::optional<std::pair<PeerLock, PeerSlot>> PeerLock::take_any(const std::string& control, FileIdentity identity,
-                                                                Inheritance inheritance) {
-  UniqueFd fd = open_same(control, identity);
+std::optional<std::pair<PeerLock, PeerSlot>> PeerLock::take_any(SegmentFile& control, Inheritance inheritance) {
+  UniqueFd fd = open_same(control);
   // A sweep elsewhere may have a free slot locked for a moment, so one pass is no proof that all are taken.
   for (int pass = 0; pass < 3; ++pass) {
     for (std::uint32_t i = value(kOwnerSlot) + 1; i < kMaxPeers; ++i) {
-      if (!try_lock(fd.get(), control, PeerSlot{i})) continue;
+      if (!try_lock(fd.get(), control.name(), PeerSlot{i})) continue;
       return std::pair{PeerLock(pin_lock(std::move(fd), control, inheritance)), PeerSlot{i}};
     }
     ::sched_yield();

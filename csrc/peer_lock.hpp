@@ -28,12 +28,10 @@ class PeerLock {
   ~PeerLock() { release(); }
 
   // Takes `slot` if nobody has it. Throws SegmentLost if the segment lost its name meanwhile: a slot in an
-  // arena that is being removed is worth nothing. `identity` is the file the caller has mapped.
-  [[nodiscard]] static std::optional<PeerLock> try_take(const std::string& control, FileIdentity identity,
-                                                        PeerSlot slot, Inheritance inheritance);
+  // arena that is being removed is worth nothing. (Where there is no name, loads find out.)
+  [[nodiscard]] static std::optional<PeerLock> try_take(SegmentFile& control, PeerSlot slot, Inheritance inheritance);
   // Takes the first free slot of a peer that is not the owner.
-  [[nodiscard]] static std::optional<std::pair<PeerLock, PeerSlot>> take_any(const std::string& control,
-                                                                             FileIdentity identity,
+  [[nodiscard]] static std::optional<std::pair<PeerLock, PeerSlot>> take_any(SegmentFile& control,
                                                                              Inheritance inheritance);
 
   [[nodiscard]] bool held() const { return page_ != nullptr; }

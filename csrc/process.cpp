@@ -123,7 +123,7 @@ std::shared_ptr<Attachment> find_attachment(ArenaId arena) {
   return found == self.attachments.end() ? nullptr : found->second;
 }
 
-std::shared_ptr<Attachment> attach(ArenaId arena) {
+std::shared_ptr<Attachment> attach(ArenaId arena, DescriptorPlace place) {
   if (!process_joined())
     throw Error(ErrorCode::kReleased,
                 "this process was made by a bare clone(2), which shmx cannot follow; use fork or spawn");
@@ -133,16 +133,17 @@ std::shared_ptr<Attachment> attach(ArenaId arena) {
   Process& self = process();
   const std::lock_guard guard(self.attach_mutex);
   if (auto known = find_attachment(arena)) return known;
-  auto attachment = Attachment::join(arena);
+  auto attachment = Attachment::join(arena, place);
   attachment->set_on_idle(&reap_if_orphaned);
   const std::lock_guard registry_guard(self.registry_mutex);
   self.attachments.emplace(value(arena), attachment);
   return attachment;
 }
 
-Hold load_block(ArenaId arena, BlockIndex block, Generation generation, std::optional<MessageId> message) {
+Hold load_block(ArenaId arena, DescriptorPlace place, BlockIndex block, Generation generation,
+                std::optional<MessageId> message) {
   for (;;) {
-    const auto attachment = attach(arena);
+    const auto attachment = attach(arena, place);
     try {
       return attachment->load(block, generation, message);
     } catch (const Error& error) {

@@ -38,10 +38,11 @@ class AllBlockLocks {
 
 // The membership in an arena, if this process has one. Never waits for a system call.
 [[nodiscard]] std::shared_ptr<Attachment> find_attachment(ArenaId arena);
-// The membership, made on first use. Throws as Attachment::join.
-[[nodiscard]] std::shared_ptr<Attachment> attach(ArenaId arena);
+// The membership, made on first use: by name, or at that place. Throws as Attachment::join.
+[[nodiscard]] std::shared_ptr<Attachment> attach(ArenaId arena, DescriptorPlace place = {});
 // One load of a handle (Attachment::load) in the arena of that name, joining it if need be.
-[[nodiscard]] Hold load_block(ArenaId arena, BlockIndex block, Generation generation, std::optional<MessageId> message);
+[[nodiscard]] Hold load_block(ArenaId arena, DescriptorPlace place, BlockIndex block, Generation generation,
+                              std::optional<MessageId> message);
 // Held while this process takes a peer slot: a fork in between would give the lock's description to the child.
 [[nodiscard]] std::mutex& attach_mutex();
 // The caller holds attach_mutex().

@@ -59,7 +59,9 @@ bool has_live_peer(ControlSegment& control, std::uint64_t spared) {
   return false;
 }
 
-void drop_messages(ControlSegment& control, Ticks ttl) {
+void drop_messages(ControlSegment& control, std::uint64_t spared, Expiry expiry) {
+  if (expiry == Expiry::kNever || (expiry == Expiry::kTimeToLive && has_live_peer(control, spared))) return;
+  const Ticks ttl = expiry == Expiry::kNow ? 0 : control.header().ttl_ticks;
   const std::uint32_t count = control.block_count();
   const Ticks now = ticks_now();
   for (std::uint32_t i = 0; i < count; ++i) drop_expired(control.block(BlockIndex{i}).state, ttl, now);
@@ -159,6 +161,23 @@ Reaped reap_by_name(ArenaId arena, Expiry expiry, std::uint64_t& bytes) {
   }
 }
 
+void leave_if_done(Attachment& attachment, Expiry expiry) noexcept {
+  try {
+    if (!attachment.usable() || attachment.uses() != 0) return;
+    {
+      const std::lock_guard guard(probe_mutex());
+      ControlSegment& control = attachment.control();
+      const std::uint64_t own = hold_bit(attachment.slot());
+      control.sweep(own);
+      drop_messages(control, own, expiry);
+      if (!all_blocks_idle(control)) return;
+    }
+    leave(attachment);
+  } catch (const std::exception&) {
+    return;  // as in reap_if_orphaned
+  }
+}
+
 }  // namespace
 
 Reaped reap(ControlSegment& control, std::uint64_t spared, Expiry expiry) {
@@ -171,16 +190,13 @@ Reaped reap(ControlSegment& control, std::uint64_t spared, Expiry expiry) {
       if (!owner) return Reaped::kOwnerAlive;
       control.clear_slot(kOwnerSlot);
       control.sweep(spared | hold_bit(kOwnerSlot));
-      if (expiry == Expiry::kNow) {
-        drop_messages(control, 0);
-      } else if (expiry == Expiry::kTimeToLive && !has_live_peer(control, spared)) {
-        drop_messages(control, control.header().ttl_ticks);
-      }
+      drop_messages(control, spared, expiry);
       if (close_arena(control)) {
-        const std::uint64_t bytes = reserved_bytes(control);
-        unlink_arena(control.arena(), control.name());
         const auto member = find_attachment(control.arena());
-        note_removal({control.name(), bytes, member != nullptr && member->is_owner()});
+        const bool own = member != nullptr && member->is_owner();
+        if (control.backend() == Backend::kShm) unlink_arena(control.arena(), control.name());
+        // Without a name, each of its peers sees the end of it; its owner's is the one to tell of.
+        if (own || control.backend() == Backend::kShm) note_removal({control.name(), reserved_bytes(control), own});
         return Reaped::kRemoved;
       }
     }
@@ -212,13 +228,18 @@ void reap_if_orphaned(Attachment& attachment) noexcept {
 
 void detach_from_orphans() noexcept {
   for (const auto& attachment : attachments_to_leave()) {
+    if (attachment->is_owner() && attachment->lingers()) leave_if_done(*attachment, Expiry::kOutlived);
     if (attachment->is_owner() || attachment->uses() != 0) continue;
     try {
       {
         const std::lock_guard guard(probe_mutex());
         if (is_alive(attachment->control().file(), kOwnerSlot)) continue;
       }
-      (void)reap(attachment->control(), hold_bit(attachment->slot()), Expiry::kTimeToLive);
+      // There is no way back into an arena without a name. So its peers stay, and do not stay for one another.
+      const bool returns = attachment->control().backend() == Backend::kShm;
+      const Reaped outcome =
+          reap(attachment->control(), hold_bit(attachment->slot()), returns ? Expiry::kTimeToLive : Expiry::kOutlived);
+      if (!returns && outcome != Reaped::kRemoved) continue;
     } catch (const Error& error) {
       // An arena whose name is gone is one to leave; for any other trouble it stays for the next reaper.
       if (error.code() != ErrorCode::kSegmentLost) continue;
@@ -228,6 +249,11 @@ void detach_from_orphans() noexcept {
     // Checked again under the block locks: another thread may have loaded meanwhile.
     if (attachment->retire_if_unused()) forget_attachment(*attachment);
   }
+}
+
+void leave_when_done(Attachment& attachment) noexcept {
+  attachment.linger();
+  leave_if_done(attachment, Expiry::kTimeToLive);
 }
 
 void leave(Attachment& attachment) noexcept {

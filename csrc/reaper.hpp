@@ -18,7 +18,8 @@ enum class Reaped : std::uint8_t {
   kNotOurs,     // another user's, in group mode too, another layout version, or not readable
 };
 
-enum class Expiry : std::uint8_t { kNever, kTimeToLive, kNow };
+// kOutlived: as kTimeToLive, though there are live peers.
+enum class Expiry : std::uint8_t { kNever, kTimeToLive, kOutlived, kNow };
 
 // Takes the owner lock, sweeps, and removes the arena if nothing is outstanding. `spared` are this process's own
 // slots. Without live peers, messages are given up as `expiry` says; kNow gives them up in any case.
@@ -29,6 +30,10 @@ void reap_if_orphaned(Attachment& attachment) noexcept;
 
 // Leaves arenas in which this process holds nothing and whose owner is gone, and reaps them.
 void detach_from_orphans() noexcept;
+
+// The owner has closed an arena without a name. What is on its way can be loaded as long as this process has it open:
+// leave(), if nothing is; otherwise a later call looks again.
+void leave_when_done(Attachment& attachment) noexcept;
 
 // This process ends, or closes its arena: gives up every hold and removes what nobody else needs.
 void leave(Attachment& attachment) noexcept;

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cerrno>
 #include <charconv>
+#include <climits>
 #include <cstring>
 #include <fstream>
 #include <map>
@@ -40,6 +41,31 @@ constexpr int MADV_POPULATE_WRITE = 23;
 #ifndef MADV_COLLAPSE
 constexpr int MADV_COLLAPSE = 25;
 #endif
+#ifndef MFD_NOEXEC_SEAL
+constexpr unsigned MFD_NOEXEC_SEAL = 8;
+#endif
+constexpr std::string_view kNamelessMark = "/memfd:";
+constexpr std::string_view kDeletedMark = " (deleted)";
+
+// Of a file without a name: nobody can open it by this.
+std::string mark_of(const std::string& name) { return name.substr(1); }
+
+std::string link_of(const std::string& name) {
+  return std::string(kNamelessMark) + mark_of(name) + std::string(kDeletedMark);
+}
+
+std::string path_of(DescriptorPlace place) {
+  return "/proc/" + std::to_string(place.pid) + "/fd/" + std::to_string(place.fd);
+}
+
+std::string path_of(int own_fd) { return "/proc/self/fd/" + std::to_string(own_fd); }
+
+// Where a link of /proc leads; empty, with errno, if there is no such link.
+std::string read_link(const std::string& path) {
+  char target[PATH_MAX];
+  const ssize_t length = ::readlink(path.c_str(), target, sizeof target);
+  return length < 0 ? std::string() : std::string(target, static_cast<std::size_t>(length));
+}
 
 }  // namespace
 
@@ -120,21 +146,90 @@ bool unlink_segment(const std::string& name) {
   throw system_error("shm_unlink", name, errno);
 }
 
+UniqueFd create_nameless_segment(const std::string& name) {
+  const std::string mark = mark_of(name);
+  // A system may insist on files that cannot be executed; before Linux 6.3 it does not know the flag.
+  int fd = ::memfd_create(mark.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_NOEXEC_SEAL);
+  if (fd < 0 && errno == EINVAL) fd = ::memfd_create(mark.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (fd < 0) throw system_error("memfd_create", name, errno);
+  UniqueFd owned(fd);
+  if (::fchmod(fd, 0600) != 0) throw system_error("fchmod", name, errno);
+  // No SIGBUS by another's ftruncate, and no seal that would keep the arena from growing.
+  if (::fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_SEAL) != 0) throw system_error("fcntl(F_ADD_SEALS)", name, errno);
+  return owned;
+}
+
+std::optional<UniqueFd> open_nameless_segment(const std::string& name, DescriptorPlace place) {
+  const std::string path = path_of(place);
+  const std::string expected = link_of(name);
+  const std::string found = read_link(path);
+  if (found.empty() && (errno == EACCES || errno == EPERM)) {
+    throw Error(ErrorCode::kSegmentLost,
+                "arena " + name + " has no name (backend memfd), and this process may not look into process " +
+                    std::to_string(place.pid) +
+                    ", which is to have it open: that one is another user's, has more privileges, or is not dumpable "
+                    "(or it has ended, and its number is another's); use backend=\"shm\" (SHMX_BACKEND=shm)",
+                EACCES);
+  }
+  if (found != expected) return std::nullopt;
+  // O_NONBLOCK: by now it may lead to a pipe.
+  UniqueFd fd(::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NONBLOCK));
+  if (!fd.valid()) {
+    if (errno == ENOENT || errno == ESRCH || errno == ENXIO) return std::nullopt;
+    throw system_error("open", name, errno);
+  }
+  if (read_link(path_of(fd.get())) != expected) return std::nullopt;
+  return fd;
+}
+
+DescriptorPlace place_of(int fd) {
+  // Not getpid(): /proc may be that of an outer PID namespace.
+  const std::string self = read_link("/proc/self");
+  std::uint32_t pid = 0;
+  const auto [end, failure] = std::from_chars(self.data(), self.data() + self.size(), pid);
+  if (failure != std::errc{} || pid == 0) {
+    throw Error(ErrorCode::kSystem,
+                "backend memfd needs /proc, by which other processes open what has no name; mount it, or use "
+                "backend=\"shm\" (SHMX_BACKEND=shm)",
+                ENOENT);
+  }
+  return {pid, static_cast<std::uint32_t>(fd)};
+}
+
+Error lost_place_error(const std::string& name, DescriptorPlace place) {
+  return {ErrorCode::kSegmentLost,
+          "arena " + name + " is gone: it has no name (backend memfd), and its owner, process " +
+              std::to_string(place.pid) +
+              ", does not have it open any more: it has ended, closed the arena, or closed its descriptors. A process "
+              "must load its first handle of such an arena, or shmx.attach to it, while the owner lives; keep the "
+              "producer running until then and send the tensor again, or use backend=\"shm\" (SHMX_BACKEND=shm)",
+          ENOENT};
+}
+
 void size_segment(int fd, const std::string& name, ByteCount bytes) {
   if (::ftruncate(fd, static_cast<off_t>(value(bytes))) != 0) throw system_error("ftruncate", name, errno);
 }
 
-void reserve_segment(int fd, const std::string& name, std::uint64_t offset, ByteCount bytes) {
+void reserve_segment(int fd, const std::string& name, std::uint64_t offset, ByteCount bytes, Backend backend) {
   if (const auto room = memory_cgroup_room(); room && *room < value(bytes)) {
     throw no_space_error(name, value(bytes),
                          "the memory cgroup has only " + human_bytes(*room) +
                              " left; raise the container's memory limit or lower SHMX_CAPACITY");
+  }
+  // Nothing else bounds a file without a name: where memory ends, the kernel kills.
+  if (backend == Backend::kMemfd && available_memory() < value(bytes)) {
+    throw no_space_error(name, value(bytes),
+                         "the machine has only " + human_bytes(available_memory()) +
+                             " of memory available; release handles, or lower SHMX_CAPACITY");
   }
   int result = 0;
   do {
     result = ::fallocate(fd, 0, static_cast<off_t>(offset), static_cast<off_t>(value(bytes)));
   } while (result != 0 && errno == EINTR);
   if (result == 0) return;
+  if (backend == Backend::kMemfd && (errno == ENOSPC || errno == ENOMEM)) {
+    throw no_space_error(name, value(bytes), "the machine is out of memory; release handles, or lower SHMX_CAPACITY");
+  }
   if (errno == ENOSPC || errno == ENOMEM) {
     throw no_space_error(name, value(bytes),
                          "/dev/shm is full; enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g "
@@ -143,7 +238,8 @@ void reserve_segment(int fd, const std::string& name, std::uint64_t offset, Byte
   throw system_error("fallocate", name, errno);
 }
 
-SegmentFile::SegmentFile(std::string name, UniqueFd fd) : name_(std::move(name)), fd_(std::move(fd)) {
+SegmentFile::SegmentFile(std::string name, UniqueFd fd, DescriptorPlace place)
+    : name_(std::move(name)), fd_(std::move(fd)), place_(place) {
   identity_ = file_facts(fd_.get(), name_).identity;
 }
 
@@ -153,6 +249,7 @@ SegmentFile& SegmentFile::operator=(SegmentFile&& other) noexcept {
     name_ = std::move(other.name_);
     fd_ = std::move(other.fd_);
     identity_ = other.identity_;
+    place_ = other.place_;
   }
   return *this;
 }
@@ -175,10 +272,33 @@ int SegmentFile::fd() {
     if (errno != 0 && errno != EBADF) throw system_error("fstat", name_, errno);
     fd_.forget();
   }
-  auto again = open_segment(name_);
-  if (!again || file_facts(again->get(), name_).identity != identity_) throw lost_name_error(name_);
-  fd_ = std::move(*again);
+  fd_ = open_anew();
   return fd_.get();
+}
+
+UniqueFd SegmentFile::open_again() {
+  if (backend() == Backend::kShm) return open_anew();
+  const int own = fd();
+  UniqueFd again(::open(path_of(own).c_str(), O_RDWR | O_CLOEXEC));
+  if (!again.valid()) throw system_error("open", name_, errno);
+  return again;
+}
+
+UniqueFd SegmentFile::open_anew() const {
+  auto found = backend() == Backend::kShm ? open_segment(name_) : open_nameless_segment(name_, place_);
+  if (found && file_facts(found->get(), name_).identity == identity_) return std::move(*found);
+  throw backend() == Backend::kShm ? lost_name_error(name_) : lost_place_error(name_, place_);
+}
+
+void SegmentFile::renew() noexcept {
+  try {
+    // With a name it is opened when it is needed.
+    UniqueFd fresh = backend() == Backend::kMemfd ? open_again() : UniqueFd();
+    close();
+    fd_ = std::move(fresh);
+  } catch (const std::exception&) {
+    close();
+  }
 }
 
 void SegmentFile::close() {
@@ -186,7 +306,7 @@ void SegmentFile::close() {
   fd_.reset();
 }
 
-Mapping::Mapping(int fd, const std::string& name, ByteCount bytes, Access access) {
+Mapping::Mapping(int fd, const std::string& name, ByteCount bytes, Access access, std::uint64_t offset) {
   const std::uint64_t size = value(bytes);
   // Reserve a range with room to align, then map over its aligned part and give the rest back.
   const std::uint64_t slack = size >= kHugePage ? kHugePage : 0;
@@ -195,7 +315,8 @@ Mapping::Mapping(int fd, const std::string& name, ByteCount bytes, Access access
   const auto start = reinterpret_cast<std::uintptr_t>(reserved);
   const std::uintptr_t aligned = slack == 0 ? start : (start + slack - 1) / kHugePage * kHugePage;
   const int protection = access == Access::kReadWrite ? PROT_READ | PROT_WRITE : PROT_READ;
-  void* mapped = ::mmap(reinterpret_cast<void*>(aligned), size, protection, MAP_SHARED | MAP_FIXED, fd, 0);
+  void* mapped = ::mmap(reinterpret_cast<void*>(aligned), size, protection, MAP_SHARED | MAP_FIXED, fd,
+                        static_cast<off_t>(offset));
   if (mapped == MAP_FAILED) {
     const int failure = errno;
     ::munmap(reserved, size + slack);
@@ -243,14 +364,29 @@ void advise(std::byte* base, std::uint64_t bytes, int advice) {
   ::madvise(reinterpret_cast<void*>(start), end - start, advice);
 }
 
+std::string huge_page_modes(const char* which) {
+  std::ifstream file(std::string("/sys/kernel/mm/transparent_hugepage/") + which);
+  std::string modes;
+  std::getline(file, modes);
+  return modes;
+}
+
 // False where the administrator has turned huge pages off.
 bool huge_pages_allowed() {
   static const bool allowed = [] {
-    std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
-    std::string modes;
-    return std::getline(file, modes) && modes.find("[never]") == std::string::npos;
+    const std::string modes = huge_page_modes("enabled");
+    return !modes.empty() && modes.find("[never]") == std::string::npos;
   }();
   return allowed;
+}
+
+// A mount at /dev/shm decides for itself; files without a name go by this setting.
+bool huge_pages_for_nameless() {
+  static const bool given = [] {
+    const std::string modes = huge_page_modes("shmem_enabled");
+    return modes.find("[advise]") != std::string::npos || modes.find("[always]") != std::string::npos;
+  }();
+  return given;
 }
 
 }  // namespace
@@ -271,6 +407,10 @@ void gather_into_huge_pages(std::byte* base, std::uint64_t bytes) {
   const std::uintptr_t start = (reinterpret_cast<std::uintptr_t>(base) + kHugePage - 1) / kHugePage * kHugePage;
   const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(base) + bytes) / kHugePage * kHugePage;
   if (start < end) ::madvise(reinterpret_cast<void*>(start), end - start, MADV_COLLAPSE);
+}
+
+void advise_huge_pages(std::byte* base, std::uint64_t bytes) {
+  if (huge_pages_for_nameless()) advise(base, bytes, MADV_HUGEPAGE);
 }
 
 std::string control_name(ArenaId arena) {
@@ -303,7 +443,11 @@ std::optional<ArenaId> arena_of_name(const std::string& file_name) {
 std::vector<NamedSegments> list_arenas() {
   std::map<std::uint64_t, NamedSegments> found;
   const std::unique_ptr<DIR, int (*)(DIR*)> directory(::opendir(kDirectory), &::closedir);
-  if (!directory) throw system_error("opendir", kDirectory, errno);
+  if (!directory) {
+    // Arenas without names do without it.
+    if (errno == ENOENT) return {};
+    throw system_error("opendir", kDirectory, errno);
+  }
   for (;;) {
     // A list that ends early would pass for the whole: what it lacks would never be removed.
     errno = 0;
@@ -325,6 +469,45 @@ std::vector<NamedSegments> list_arenas() {
   std::vector<NamedSegments> all;
   all.reserve(found.size());
   for (auto& [id, segments] : found) all.push_back(std::move(segments));
+  return all;
+}
+
+namespace {
+
+// What is not a number is 0.
+std::uint32_t number_of(const char* text) {
+  std::uint32_t number = 0;
+  const auto [end, failure] = std::from_chars(text, text + std::strlen(text), number);
+  return failure == std::errc{} && *end == '\0' ? number : 0;
+}
+
+// The arena whose file has that link in /proc/<pid>/fd.
+std::optional<ArenaId> arena_of_link(const std::string& link) {
+  if (!link.starts_with(kNamelessMark) || !link.ends_with(kDeletedMark)) return std::nullopt;
+  const std::string mark = link.substr(kNamelessMark.size(), link.size() - kNamelessMark.size() - kDeletedMark.size());
+  return mark.find('.') == std::string::npos ? arena_of_name(mark) : std::nullopt;
+}
+
+}  // namespace
+
+std::vector<NamelessSegment> list_nameless_arenas() {
+  std::vector<NamelessSegment> all;
+  const std::unique_ptr<DIR, int (*)(DIR*)> processes(::opendir("/proc"), &::closedir);
+  if (!processes) return all;
+  // The streams are this call's own.
+  while (const dirent* process = ::readdir(processes.get())) {  // NOLINT(concurrency-mt-unsafe)
+    const std::uint32_t pid = number_of(process->d_name);
+    struct stat facts{};
+    const std::string folder = "/proc/" + std::string(process->d_name);
+    if (pid == 0 || ::stat(folder.c_str(), &facts) != 0 || facts.st_uid != ::geteuid()) continue;
+    const std::unique_ptr<DIR, int (*)(DIR*)> descriptors(::opendir((folder + "/fd").c_str()), &::closedir);
+    if (!descriptors) continue;
+    while (const dirent* entry = ::readdir(descriptors.get())) {  // NOLINT(concurrency-mt-unsafe)
+      const auto arena = arena_of_link(read_link(folder + "/fd/" + entry->d_name));
+      if (!arena || std::any_of(all.begin(), all.end(), [&](const auto& one) { return one.arena == *arena; })) continue;
+      all.push_back({*arena, {pid, number_of(entry->d_name)}});
+    }
+  }
   return all;
 }
 

@@ -1,4 +1,5 @@
-// POSIX shared-memory segments: names, descriptors, mappings. No meaning of the bytes is known here.
+// Shared-memory segments, with names in /dev/shm or with none: descriptors, mappings. No meaning of the bytes is known
+// here.
 #pragma once
 
 #include <sys/types.h>
@@ -61,6 +62,9 @@ void set_trusted_group(std::optional<gid_t> group);
 void open_to_group(int fd, const std::string& name, gid_t group);
 // The same if the arena's control segment was given to one.
 void open_like(int fd, const std::string& name, const FileFacts& control);
+// What segments are made of: files in /dev/shm, or files that have no name anywhere (memfd_create), which end with the
+// last process that has them open or mapped.
+enum class Backend : std::uint8_t { kShm, kMemfd };
 
 // Creates a segment that did not exist (mode 0600); EEXIST is an Error like any other.
 [[nodiscard]] UniqueFd create_segment(const std::string& name);
@@ -70,18 +74,27 @@ void open_like(int fd, const std::string& name, const FileFacts& control);
 [[nodiscard]] Error lost_name_error(const std::string& name);
 // True if the name was there.
 bool unlink_segment(const std::string& name);
+// A file without a name, which nobody can make shorter. Its mark in /proc/<pid>/fd is "memfd:" and the name.
+[[nodiscard]] UniqueFd create_nameless_segment(const std::string& name);
+// Opens the one with that mark through the process that has it open; nothing if that has ended, or what it has there
+// is something else. Throws SegmentLost if this process may not look into that one.
+[[nodiscard]] std::optional<UniqueFd> open_nameless_segment(const std::string& name, DescriptorPlace place);
+// What others have to open: a descriptor of this process.
+[[nodiscard]] DescriptorPlace place_of(int fd);
+[[nodiscard]] Error lost_place_error(const std::string& name, DescriptorPlace place);
 // Sets the size without reserving anything.
 void size_segment(int fd, const std::string& name, ByteCount bytes);
 // Reserves [offset, offset + bytes): afterwards no access to it can fault for want of memory.
-// Throws ArenaFull (ENOSPC) when /dev/shm or the memory cgroup has no room.
-void reserve_segment(int fd, const std::string& name, std::uint64_t offset, ByteCount bytes);
+// Throws ArenaFull (ENOSPC) when /dev/shm, the memory cgroup or, without a name, the machine has no room.
+void reserve_segment(int fd, const std::string& name, std::uint64_t offset, ByteCount bytes, Backend backend);
 
 // A descriptor that survives daemonizers which close everything: every use checks that the number still
-// leads to the same file, and opens the name again if not.
+// leads to the same file, and opens the name again if not. Without a name it is opened again where its owner has it;
+// the owner's own descriptor has no substitute.
 class SegmentFile {
  public:
   SegmentFile() = default;
-  SegmentFile(std::string name, UniqueFd fd);
+  SegmentFile(std::string name, UniqueFd fd, DescriptorPlace place = {});
   SegmentFile(SegmentFile&& other) noexcept = default;
   SegmentFile& operator=(SegmentFile&& other) noexcept;
   SegmentFile(const SegmentFile&) = delete;
@@ -90,25 +103,34 @@ class SegmentFile {
 
   // Throws SegmentLost if the file is gone.
   [[nodiscard]] int fd();
+  // Another open file description of the file. Throws SegmentLost if it is gone.
+  [[nodiscard]] UniqueFd open_again();
   [[nodiscard]] const std::string& name() const { return name_; }
-  // Closes the descriptor; the next use opens the name again.
+  [[nodiscard]] Backend backend() const { return place_.none() ? Backend::kShm : Backend::kMemfd; }
+  [[nodiscard]] DescriptorPlace place() const { return place_; }
+  // Closes the descriptor; the next use opens the file again.
   void close();
+  // In a forked child: gives up the open file description that it shares with its parent.
+  void renew() noexcept;
 
  private:
   // False with errno 0: the number leads to another file.
   [[nodiscard]] bool still_ours() const;
+  // What the name or the place leads to, if it is this file.
+  [[nodiscard]] UniqueFd open_anew() const;
   std::string name_;
   UniqueFd fd_;
   FileIdentity identity_;
+  DescriptorPlace place_;
 };
 
 enum class Access : std::uint8_t { kReadWrite, kReadOnly };
 
-// A shared mapping of the first `bytes` of a segment, aligned to 2 MiB so that huge pages fit.
+// A shared mapping of a range of a segment, aligned to 2 MiB so that huge pages fit; `offset` is a multiple of a page.
 class Mapping {
  public:
   Mapping() = default;
-  Mapping(int fd, const std::string& name, ByteCount bytes, Access access);
+  Mapping(int fd, const std::string& name, ByteCount bytes, Access access, std::uint64_t offset = 0);
   Mapping(Mapping&& other) noexcept
       : base_(std::exchange(other.base_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
   Mapping& operator=(Mapping&& other) noexcept;
@@ -138,6 +160,8 @@ void prefault_new(std::byte* base, std::uint64_t bytes);
 // the system gives shared memory none by itself. Takes as long as prefault_new, or several times that where memory is
 // fragmented. Best effort: Linux 6.1 or newer.
 void gather_into_huge_pages(std::byte* base, std::uint64_t bytes);
+// Asks for huge pages wherever the range faults, where the system gives them to files without a name.
+void advise_huge_pages(std::byte* base, std::uint64_t bytes);
 
 // Arena names: "/shmx-" and 16 hex digits; data segments append "." and their id.
 [[nodiscard]] std::string control_name(ArenaId arena);
@@ -152,5 +176,13 @@ struct NamedSegments {
 };
 // Every arena that has a name in /dev/shm.
 [[nodiscard]] std::vector<NamedSegments> list_arenas();
+
+struct NamelessSegment {
+  ArenaId arena;
+  DescriptorPlace place;
+};
+// Arenas without a name that a process of this user has open, each once. A process that ends meanwhile, or may not be
+// looked into, is passed over.
+[[nodiscard]] std::vector<NamelessSegment> list_nameless_arenas();
 
 }  // namespace shmx

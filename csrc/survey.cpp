@@ -63,11 +63,25 @@ class Surveyor {
     for (const std::string& name : data_) add_memory(name);
     result_.attached = find_attachment(arena_) != nullptr;
   }
+  // Of an arena without a name.
+  Surveyor(ArenaId arena, UniqueFd fd) : arena_(arena), fd_(std::move(fd)) {
+    result_.name = control_name(arena_);
+    result_.backend = Backend::kMemfd;
+    struct stat facts{};
+    found_ = ::fstat(fd_.get(), &facts) == 0;
+    result_.uid = facts.st_uid;
+    result_.memory_bytes = static_cast<std::uint64_t>(facts.st_blocks) * 512;
+    result_.attached = find_attachment(arena_) != nullptr;
+  }
 
   // Nothing if all its files have gone since their names were read.
   std::optional<ArenaSurvey> look() {
     if (!found_) return std::nullopt;
-    if (!trusted_) {
+    if (result_.backend == Backend::kMemfd) {
+      if (check_file() && read_header() && read_blocks()) {
+        result_.state = owner_alive_ ? ArenaState::kAlive : ArenaState::kOrphan;
+      }
+    } else if (!trusted_) {
       result_.state = ArenaState::kForeign;
     } else if (fd_ = open_for_reading(result_.name); !fd_.valid() && errno == ENOENT) {
       // An arena that ends loses its data first, so data that is there now belongs to none.
@@ -132,7 +146,9 @@ class Surveyor {
           "layout version " + std::to_string(version) + ", this shmx reads " + std::to_string(kLayoutVersion);
       return false;
     }
-    if (size_ != kControlBytes) return damaged("its control segment is " + std::to_string(size_) + " bytes long");
+    // Behind the control segment of an arena without names lies its data.
+    if (result_.backend == Backend::kMemfd ? size_ < kControlBytes : size_ != kControlBytes)
+      return damaged("its control segment is " + std::to_string(size_) + " bytes long");
     if (!read_exactly(fd_.get(), header_bytes_.data(), sizeof(ControlHeader), 0)) return damaged("its header was cut");
     if (header().arena_id != value(arena_)) return damaged("its header names another arena");
     if (header().header_bytes != kHeaderBytes || header().max_blocks != kMaxBlocks ||
@@ -223,6 +239,17 @@ std::vector<ArenaSurvey> survey() {
     // Held for fork's sake: a child that got the descriptor would keep the memory of an arena that is removed.
     const std::lock_guard guard(attach_mutex());
     if (auto one = Surveyor(segments).look()) all.push_back(std::move(*one));
+  }
+  for (const NamelessSegment& nameless : list_nameless_arenas()) {
+    const std::lock_guard guard(attach_mutex());
+    try {
+      auto fd = open_nameless_segment(control_name(nameless.arena), nameless.place);
+      if (!fd) continue;
+      if (auto one = Surveyor(nameless.arena, std::move(*fd)).look()) all.push_back(std::move(*one));
+    } catch (const Error& error) {
+      // That process has become another's to look into.
+      if (error.code() != ErrorCode::kSegmentLost) throw;
+    }
   }
   return all;
 }

@@ -1,4 +1,5 @@
-// What lies in /dev/shm, seen from outside: every arena, its owner, its peers, what it holds and waits for.
+// What lies in /dev/shm, seen from outside: every arena, its owner, its peers, what it holds and waits for. And arenas
+// without a name, as far as a process of this user that may be looked into has them open.
 //
 // Files are read, never mapped: another process may cut or overwrite them at any moment, and a page that is only
 // looked at must not come into being. No slot is taken, no word is changed. Nothing read is trusted: it is checked
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "layout.hpp"
+#include "segment.hpp"
 
 namespace shmx {
 
@@ -37,6 +39,7 @@ struct PeerSurvey {
 
 struct ArenaSurvey {
   std::string name;
+  Backend backend = Backend::kShm;
   ArenaState state = ArenaState::kDamaged;
   std::string trouble;  // what is wrong with a damaged one, or which version another one has
   uid_t uid = 0;

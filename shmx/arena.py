@@ -21,7 +21,7 @@ from shmx._core import SharedTensor
 from shmx.config import ArenaConfig, group_id
 from shmx.device import pin as pin_arena
 from shmx.errors import ArenaFullError, InvalidHandleError
-from shmx.survey import arenas, prospect
+from shmx.survey import arenas, prospect, shown_bytes
 
 __all__ = [
     "Arena",
@@ -69,8 +69,10 @@ class Arena(_core.Arena):
         reserve: int | None = None,
         numa_node: int | None = None,
         group: int | str | None = None,
+        backend: str | None = None,
     ) -> None:
         preset = ArenaConfig.from_environment()
+        backend = preset.backend if backend is None else backend
         super().__init__(
             capacity=preset.capacity if capacity is None else capacity,
             segment_bytes=preset.segment_bytes if segment_bytes is None else segment_bytes,
@@ -80,8 +82,11 @@ class Arena(_core.Arena):
             reserve=preset.reserve if reserve is None else reserve,
             numa_node=preset.numa_node if numa_node is None else numa_node,
             group=None if (chosen := preset.group if group is None else group) is None else group_id(chosen),
+            backend=backend,
         )
-        _logger.info("arena %s made, capacity %d bytes", self.name, self.capacity)
+        _logger.info("arena %s made, backend %s, capacity %d bytes", self.name, self.backend, self.capacity)
+        if backend == "auto" and self.backend == "memfd":
+            _warn_of_memfd(self)
         # Those of dead owners that made room for it.
         _log_removals()
 
@@ -131,6 +136,23 @@ class Arena(_core.Arena):
         return f"Arena({self.name}, {state})"
 
 
+_warned_of_memfd = False
+
+
+def _warn_of_memfd(arena: Arena) -> None:
+    global _warned_of_memfd
+    if _warned_of_memfd:
+        return
+    _warned_of_memfd = True
+    message = (
+        f"/dev/shm is too small for an arena of {shown_bytes(arena.capacity)}, so {arena.name} uses backend memfd: a "
+        "process must load its first handle of it, or call shmx.attach, while this one lives; a later first load is a "
+        'SegmentLostError. Enlarge /dev/shm (docker run --shm-size=8g), or accept it with backend="memfd"'
+    )
+    _logger.warning("%s", message)
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
 # A copy of so many bytes takes less time than handing it to another thread.
 _SHARED_ON_THE_LOOP = 64 << 10
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.01
@@ -167,6 +189,7 @@ def configure(
     reserve: int | None = None,
     numa_node: int | None = None,
     group: int | str | None = None,
+    backend: str | None = None,
 ) -> None:
     """Set what the default arena is made with. Call it before the first :func:`share`.
 
@@ -184,7 +207,9 @@ def configure(
                 f"the default arena {_default.name} exists already; call shmx.configure before the first share, "
                 "or make an Arena(...) of its own"
             )
-        settings = ArenaConfig(capacity, segment_bytes, ticket_ttl, reuse_delay, scrub, reserve, numa_node, group)
+        settings = ArenaConfig(
+            capacity, segment_bytes, ticket_ttl, reuse_delay, scrub, reserve, numa_node, group, backend
+        )
         if group is not None:
             _core.set_trusted_group(group_id(group))
         _configured.update({name: value for name, value in vars(settings).items() if value is not None})
@@ -395,7 +420,8 @@ def gc(*, force: bool = False, dry_run: bool = False) -> list[dict[str, Any]]:
         ``"would be removed"``, ``"in use"``, ``"owner alive"`` or ``"not ours"``), ``reason``, and ``bytes`` of its
         files.
     """
-    seen = {arena["name"]: arena for arena in arenas() if not arena["attached"]}
+    # What has no name the kernel removes.
+    seen = {arena["name"]: arena for arena in arenas() if not arena["attached"] and arena["backend"] == "shm"}
     if dry_run:
         return [_foretold(arena, force) for arena in seen.values()]
     arena = _default
@@ -429,13 +455,13 @@ def stats() -> dict[str, Any]:
     -------
     dict
         ``arena``: of the default arena (``None`` if not made yet). ``attached``: names of the arenas that this process
-        takes part in; ``memberships``: what it has loaded from each of them and holds there, with the numbers of those
-        it owns in ``owned``. ``pool_bytes``: kept for materialized tensors. ``inline_fallbacks``: tensors that
-        :func:`wrap` and :func:`dumps` left in their places because the arena was full. ``pinned``: what is page-locked
-        for devices: ``backend`` (``"cuda"``, ``"hip"``, ``"none"``), ``bytes``, ``chunks``, ``milliseconds`` spent in
-        ``registrations`` calls, ``foreign_bytes`` (registered by somebody else), ``quarantined_bytes`` (which could not
-        be unregistered), ``reason`` (why something is not locked), ``copies_in_flight``, ``copies_lost`` (whose device
-        failed), ``trouble`` (the driver's last strange answer).
+        takes part in; ``memberships``: the ``backend`` of each of them, what this process has loaded from it and holds
+        there, and its numbers in ``owned`` if it is this process's. ``pool_bytes``: kept for materialized tensors.
+        ``inline_fallbacks``: tensors that :func:`wrap` and :func:`dumps` left in their places because the arena was
+        full. ``pinned``: what is page-locked for devices: ``backend`` (``"cuda"``, ``"hip"``, ``"none"``), ``bytes``,
+        ``chunks``, ``milliseconds`` spent in ``registrations`` calls, ``foreign_bytes`` (registered by somebody else),
+        ``quarantined_bytes`` (which could not be unregistered), ``reason`` (why something is not locked),
+        ``copies_in_flight``, ``copies_lost`` (whose device failed), ``trouble`` (the driver's last strange answer).
     """
     arena = _default
     return {

@@ -36,7 +36,9 @@ def _gc(argv: Sequence[str]) -> int:
 
 def _ls(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="shmx ls", description="List the arenas in /dev/shm: owners, use, processes, messages. Changes nothing."
+        prog="shmx ls",
+        description="List the arenas in /dev/shm, and those without a name that a process of this user has open: "
+        "owners, use, processes, messages. Changes nothing.",
     )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
     arguments = parser.parse_args(argv)
@@ -56,14 +58,15 @@ def _ls(argv: Sequence[str]) -> int:
 
 def _lines_of(arena: dict[str, Any]) -> list[str]:
     size = shown_bytes(arena["memory_bytes"])
+    kind = " (memfd)" if arena["backend"] == "memfd" else ""
     if arena["state"] not in ("alive", "orphan"):
         trouble = arena["trouble"] or f"user id {arena['uid']}"
-        return [f"{arena['name']}  {arena['state']}  {size}  {trouble}"]
+        return [f"{arena['name']}{kind}  {arena['state']}  {size}  {trouble}"]
     owner = f"pid {arena['owner_pid']}"
     if arena["state"] == "orphan":
         owner += " has ended" if arena["owner_left"] else " has died"
     lines = [
-        f"{arena['name']}  {arena['state']}  {owner}  {size} of {shown_bytes(arena['capacity'])} taken, "
+        f"{arena['name']}{kind}  {arena['state']}  {owner}  {size} of {shown_bytes(arena['capacity'])} taken, "
         f"{counted(arena['segments'], 'segment')}"
     ]
     lines.append(f"  {counted(arena['blocks_in_use'], 'block')} in use, {shown_bytes(arena['bytes_in_use'])}")

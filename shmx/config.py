@@ -12,6 +12,8 @@ from shmx import _core
 
 __all__ = ["ArenaConfig", "apply_environment", "default_min_bytes"]
 
+BACKENDS = ("shm", "memfd", "auto")
+
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -63,6 +65,12 @@ def group_id(group: int | str, name: str = "group") -> int:
     return int(group)
 
 
+def _backend(name: str, text: str) -> str:
+    if text not in BACKENDS:
+        raise ValueError(f"{name}={text!r} is not a backend; give one of {', '.join(BACKENDS)}")
+    return text
+
+
 def _flag(name: str, text: str) -> bool:
     if text.lower() in _TRUE:
         return True
@@ -111,8 +119,9 @@ class ArenaConfig:
     Parameters
     ----------
     capacity
-        Bytes of shared memory at most; taken from the system only as used. Default: the lesser of half of
-        /dev/shm and 64 GiB. Environment: ``SHMX_CAPACITY``.
+        Bytes of shared memory at most; taken from the system only as used. Default: the lesser of 64 GiB and half of
+        /dev/shm, or with ``memfd`` half of the memory that the machine and the cgroup have available.
+        Environment: ``SHMX_CAPACITY``.
     segment_bytes
         Size of a data segment in bytes; a larger tensor gets a segment of its own. Default 256 MiB.
         Environment: ``SHMX_SEGMENT_BYTES``.
@@ -140,6 +149,13 @@ class ArenaConfig:
         reader has set the same group by ``SHMX_GROUP`` or :func:`shmx.configure`. Members can read and write
         everything in the arena. Removing what a dead producer has left is up to its own user id, since /dev/shm is
         sticky. Default: arenas are private to one user id. Environment: ``SHMX_GROUP``.
+    backend
+        ``"shm"`` (default): files with names in /dev/shm. ``"memfd"``: one file without a name, which /dev/shm does not
+        bound and nobody can truncate, and which the kernel frees with the last process that uses it; consumers open
+        it through /proc, so they must be of the same PID namespace and load their first handle, or call
+        :func:`shmx.attach`, while the producer lives. ``"auto"``: ``"shm"``, unless /dev/shm has less room than
+        ``capacity`` (or, without one, is smaller than 1 GiB); then ``"memfd"``, with one warning.
+        Environment: ``SHMX_BACKEND``.
     """
 
     capacity: int | None = None
@@ -150,6 +166,7 @@ class ArenaConfig:
     reserve: int | None = None
     numa_node: int | None = None
     group: int | str | None = None
+    backend: str | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> ArenaConfig:
@@ -166,6 +183,8 @@ class ArenaConfig:
                 values[field.name] = _node(name, text)
             elif field.name == "group":
                 values[field.name] = group_id(text, name)
+            elif field.name == "backend":
+                values[field.name] = _backend(name, text)
             elif field.name == "scrub":
                 values[field.name] = _flag(name, text)
             else:

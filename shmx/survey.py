@@ -1,4 +1,4 @@
-"""What lies in /dev/shm: every arena, who owns and uses it, and which of them may be removed and why."""
+"""What lies in /dev/shm, or has no name: every arena, who owns and uses it, and which may be removed and why."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def arenas() -> list[dict[str, Any]]:
     list of dict
         For every arena:
 
-        - ``name``, ``uid``, ``memory_bytes`` (of all its files, as the kernel counts), ``attached`` (this process
-          takes part in it);
+        - ``name``, ``backend`` (``"shm"``, or ``"memfd"``: one without a name, which is found only while a process of
+          this user that may be looked into has it open), ``uid``, ``memory_bytes`` (of all its files, as the kernel
+          counts), ``attached`` (this process takes part in it);
         - ``state``: ``"alive"``, ``"orphan"`` (its owner is gone), ``"starting"``, ``"torn"`` (its creation was
           interrupted), ``"headless"`` (data without a control segment), ``"foreign"`` (another user's, not opened),
           ``"other version"`` (of a shmx with another layout) or ``"damaged"``, and ``trouble``, what is wrong.
@@ -40,6 +41,8 @@ def prospect(arena: dict[str, Any], *, force: bool = False) -> tuple[str, str]:
     """Say what :func:`shmx.gc` would do with an arena of :func:`arenas`: its outcome, and why."""
     if arena["attached"]:
         return "in use", "this process takes part in it"
+    if arena["backend"] == "memfd":
+        return "in use", "it has no name: the kernel frees it with the last process that uses it"
     state = arena["state"]
     if state == "orphan" and arena["uid"] != os.geteuid():
         return ("not ours", f"it belongs to user id {arena['uid']}, whose processes remove it")

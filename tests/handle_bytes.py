@@ -8,7 +8,7 @@ import struct
 import zlib
 
 MAGIC = b"SX\x01"
-HAS_MESSAGE, HAS_STRIDES, HAS_REASON = 1, 2, 4
+HAS_MESSAGE, HAS_STRIDES, HAS_REASON, HAS_PLACE = 1, 2, 4, 8
 DTYPES = (
     "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64",
     "float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128", "bool",
@@ -38,6 +38,7 @@ def as_text(state: bytes) -> str:
 class HandleFields:
     host: int = 0
     arena: int = 0
+    place: tuple[int, int] | None = None  # pid, descriptor
     block: int = 0
     generation: int = 0
     message: tuple[int, int] | None = None  # cell, tag
@@ -55,8 +56,11 @@ class HandleFields:
     def body(self) -> bytes:
         flags = HAS_MESSAGE * (self.message is not None)
         flags |= HAS_STRIDES * bool(self.strides) | HAS_REASON * bool(self.reason)
+        flags |= HAS_PLACE * (self.place is not None)
         body = MAGIC + bytes([flags if self.flags is None else self.flags])
-        body += struct.pack("<IQ", self.host, self.arena) + varint(self.block) + varint(self.generation)
+        body += struct.pack("<IQ", self.host, self.arena)
+        for number in (*(self.place or ()), self.block, self.generation):
+            body += varint(number)
         if self.message is not None:
             body += bytes([self.message[0]]) + varint(self.message[1])
         body += varint(self.offset) + bytes([self.dtype, len(self.shape)])
@@ -90,7 +94,8 @@ def parse(state: bytes) -> HandleFields:
 
     flags = body[3]
     host, arena = struct.unpack("<IQ", body[4:16])
-    fields = HandleFields(host, arena, block=number(), generation=number())
+    place = (number(), number()) if flags & HAS_PLACE else None
+    fields = HandleFields(host, arena, place, block=number(), generation=number())
     if flags & HAS_MESSAGE:
         fields.message = (byte(), number())
     fields.offset, fields.dtype, dimensions = number(), byte(), byte()

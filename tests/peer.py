@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import glob
 import os
 import pickle
 import select
@@ -31,6 +32,8 @@ ENDS_AT_ONCE = ("os._exit", "kill")
 F_OFD_GETLK = 36
 F_OFD_SETLK = 37
 _FLOCK = struct.Struct("@hhqqi4x")
+# Where segments lie in the one file of an arena without names: behind the control segment, each from a huge page on.
+_FIRST_SEGMENT, _SEGMENT_STEP = 18 << 20, 2 << 20
 
 
 class PeerRaised(Exception):
@@ -46,13 +49,28 @@ class _Ended(Exception):
 
 
 def mapped_segments() -> list[str]:
-    """File names of the data segments that this process has mapped."""
+    """File names of the data segments that this process has mapped; as if they had names, if they are below 2 MiB."""
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         name = line.partition("/dev/shm/")[2]
         if name.startswith("shmx-") and "." in name:
             found.append(name)
+        name = line.partition("/memfd:")[2].removesuffix(" (deleted)")
+        if name.startswith("shmx-") and (offset := int(line.split()[2], 16)):
+            found.append(f"{name}.{offset // _SEGMENT_STEP - _FIRST_SEGMENT // _SEGMENT_STEP + 1}")
     return found
+
+
+def control_file(arena: str) -> str:
+    """A path at which an arena's control segment can be opened."""
+    path = f"/dev/shm{arena}"
+    if os.path.exists(path):
+        return path
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(link) == f"/memfd:{arena[1:]} (deleted)":
+                return link
+    raise FileNotFoundError(path)
 
 
 def _open_descriptors() -> dict[int, str]:
@@ -358,7 +376,7 @@ def process_ended(pid: int) -> bool:
 def taken_slots(arena: str) -> list[int]:
     """The peer slots of an arena that a live process holds, asked of the kernel. Slot 0 is the owner's."""
     taken = []
-    descriptor = os.open(f"/dev/shm{arena}", os.O_RDWR)
+    descriptor = os.open(control_file(arena), os.O_RDWR)
     try:
         for slot in range(shmx._core.MAX_PEERS):
             request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, slot, 1, 0)

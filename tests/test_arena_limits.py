@@ -71,6 +71,7 @@ def test_an_unknown_setting_is_a_type_error():
             refuse(size=MIB)
 
 
+@pytest.mark.needs_names
 def test_capacity_is_rounded_down_to_pages_and_the_default_is_half_of_dev_shm_at_most():
     page = os.sysconf("SC_PAGESIZE")
     assert shmx.Arena(capacity=10 * page + 17).capacity == 10 * page
@@ -92,6 +93,7 @@ def test_capacity_is_rounded_down_to_pages_and_the_default_is_half_of_dev_shm_at
     ],
 )
 def test_a_size_in_the_environment_may_have_a_unit(text, expected, monkeypatch):
+    monkeypatch.delenv("SHMX_BACKEND", raising=False)
     monkeypatch.setenv("SHMX_CAPACITY", text)
     monkeypatch.setenv("SHMX_SEGMENT_BYTES", text)
     assert ArenaConfig.from_environment() == ArenaConfig(capacity=expected, segment_bytes=expected)
@@ -99,6 +101,7 @@ def test_a_size_in_the_environment_may_have_a_unit(text, expected, monkeypatch):
 
 @pytest.mark.parametrize(("text", "expected"), [("1", True), ("yes", True), ("ON", True), ("0", False), ("", False)])
 def test_a_flag_in_the_environment(text, expected, monkeypatch):
+    monkeypatch.delenv("SHMX_BACKEND", raising=False)
     monkeypatch.setenv("SHMX_SCRUB", text)
     assert ArenaConfig.from_environment() == ArenaConfig(scrub=expected)
 
@@ -241,6 +244,7 @@ def test_a_tensor_as_large_as_the_capacity_fits(capacity):
         assert torch.equal(arena.share(filled(capacity, fill)).view(), filled(capacity, fill))
 
 
+@pytest.mark.needs_names
 def test_more_than_dev_shm_holds_is_refused_cleanly_and_the_arena_goes_on():
     """Rule 9."""
     facts = os.statvfs("/dev/shm")
@@ -326,6 +330,7 @@ def test_a_signal_ends_the_wait_for_room():
 # ---- growth and reuse
 
 
+@pytest.mark.needs_names
 def test_an_arena_grows_up_to_its_capacity_and_not_beyond():
     arena = shmx.Arena(capacity=8 * MIB, segment_bytes=2 * MIB)
     assert arena.stats()["reserved_bytes"] == 0
@@ -468,6 +473,7 @@ def test_idle_blocks_of_another_size_make_room_in_a_full_table():
     assert arena.share(filled(1000)).is_available
 
 
+@pytest.mark.needs_names
 def test_no_more_than_1024_segments_and_trim_makes_room_for_others():
     arena = shmx.Arena(capacity=16 * MIB, segment_bytes=4096)
     page = filled(4096)
@@ -484,6 +490,7 @@ def test_no_more_than_1024_segments_and_trim_makes_room_for_others():
 # ---- giving back
 
 
+@pytest.mark.needs_names
 def test_trim_returns_names_and_bytes_and_the_arena_goes_on():
     arena = shmx.Arena(capacity=16 * MIB, segment_bytes=4 * MIB)
     handles = [arena.share(filled(4 * MIB, fill)) for fill in range(3)]
@@ -588,6 +595,7 @@ def test_a_closed_default_arena_is_followed_by_another():
     assert shmx.share(filled(3)).is_available
 
 
+@pytest.mark.needs_names
 def test_close_with_a_live_view_keeps_the_data_and_the_names_go_with_the_last_view():
     arena = shmx.Arena(capacity=MIB)
     handle = arena.share(filled(1000, 7))
@@ -605,6 +613,7 @@ def test_close_with_a_live_view_keeps_the_data_and_the_names_go_with_the_last_vi
     assert not names_of(arena)
 
 
+@pytest.mark.needs_names
 def test_an_arena_that_is_collected_leaves_when_its_last_handle_does():
     arena = shmx.Arena(capacity=MIB)
     prefix = arena.name.removeprefix("/")
@@ -618,6 +627,7 @@ def test_an_arena_that_is_collected_leaves_when_its_last_handle_does():
     assert not any(name.startswith(prefix) for name in os.listdir("/dev/shm"))
 
 
+@pytest.mark.needs_names
 def test_close_with_a_message_on_its_way_leaves_the_arena_until_it_is_loaded():
     arena = shmx.Arena(capacity=MIB)
     with arena.share(filled(1000, 7)) as handle:

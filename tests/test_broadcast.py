@@ -228,6 +228,7 @@ def broadcast(
     return found
 
 
+@pytest.mark.needs_names
 def test_four_ranks_lose_nothing(children, tmp_path, segments):
     """Rules 1, 2 and 7, with processes that share nothing but sockets. Twice the arena goes through it."""
     found = broadcast(children, tmp_path, world=4, requests=300, method="spawn", capacity=room(4))
@@ -238,6 +239,7 @@ def test_four_ranks_lose_nothing(children, tmp_path, segments):
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
+@pytest.mark.needs_names
 def test_four_ranks_lose_nothing_of_two_thousand_messages(children, tmp_path, segments):
     """Rules 1, 2 and 7."""
     found = broadcast(children, tmp_path, world=4, requests=2000, method="spawn", capacity=room(4))
@@ -246,6 +248,7 @@ def test_four_ranks_lose_nothing_of_two_thousand_messages(children, tmp_path, se
     assert not segments()
 
 
+@pytest.mark.needs_names
 def test_eight_ranks_lose_nothing(children, tmp_path, segments):
     """Rules 1, 2 and 7."""
     found = broadcast(children, tmp_path, world=8, requests=200, capacity=room(8))
@@ -255,6 +258,7 @@ def test_eight_ranks_lose_nothing(children, tmp_path, segments):
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
+@pytest.mark.needs_names
 def test_eight_ranks_lose_nothing_of_two_thousand_messages(children, tmp_path, segments):
     """Rules 1, 2 and 7."""
     found = broadcast(children, tmp_path, world=8, requests=2000, capacity=room(8))
@@ -263,6 +267,7 @@ def test_eight_ranks_lose_nothing_of_two_thousand_messages(children, tmp_path, s
     assert not segments()
 
 
+@pytest.mark.needs_names
 def test_one_handle_sent_three_times_is_three_messages(children, tmp_path, segments):
     """Rule 2: n > 1 sampling; every message is broadcast to all ranks."""
     found = broadcast(children, tmp_path, world=3, requests=40, sends=3, capacity=room(3))
@@ -270,6 +275,7 @@ def test_one_handle_sent_three_times_is_three_messages(children, tmp_path, segme
     assert not segments()
 
 
+@pytest.mark.needs_names
 def test_a_router_that_decodes_and_encodes_loses_nothing(children, tmp_path, segments):
     """Rules 2 and 4: it takes one load and announces another, and never touches the bytes."""
     found = broadcast(children, tmp_path, world=3, requests=100, router=True, capacity=room(3))
@@ -277,6 +283,7 @@ def test_a_router_that_decodes_and_encodes_loses_nothing(children, tmp_path, seg
     assert not segments()
 
 
+@pytest.mark.needs_names
 def test_two_groups_load_one_pickle(children, tmp_path, segments):
     """Rule 2: readers is the sum over all groups; the groups run at their own pace."""
     folders = [tmp_path / name for name in ("first", "second")]

@@ -69,6 +69,7 @@ def test_ls_as_json_is_what_arenas_returns(capsys):
         handle.release()
 
 
+@pytest.mark.needs_names
 def test_ls_and_gc_of_an_orphan(capsys, children):
     child = children.start(leaves_an_arena, 2)
     name = child.receive()
@@ -87,6 +88,7 @@ def test_ls_and_gc_of_an_orphan(capsys, children):
     assert not any(line.startswith(name) for line in printed(capsys, "ls"))
 
 
+@pytest.mark.needs_names
 def test_ls_points_to_gc_when_there_is_something_to_remove(capsys, children):
     child = children.start(leaves_an_arena, 0)
     name = child.receive()

@@ -207,6 +207,7 @@ def test_a_torch_without_the_exchange_interface(monkeypatch):
     assert doctor.check_torch().status == "fail"
 
 
+@pytest.mark.needs_names
 def test_leftovers_of_a_dead_process(children):
     child = children.start(leaves_an_arena)
     name = child.receive()
@@ -227,7 +228,8 @@ def leaves_an_arena(connection):
 
 @pytest.mark.parametrize("state", ["damaged", "other version", "headless"])
 def test_strange_leftovers_are_named(state):
-    one = {"name": "/shmx-0", "state": state, "trouble": "t", "uid": 0, "memory_bytes": 1, "attached": False}
+    one = {"name": "/shmx-0", "backend": "shm", "state": state, "trouble": "t", "uid": 0, "memory_bytes": 1}
+    one["attached"] = False
     found = doctor._judge_leftovers([one])
     assert (found.status, f"/shmx-0: {state}" in found.finding) == ("warn", True)
 

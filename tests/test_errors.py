@@ -22,6 +22,7 @@ import shmx
 import shmx.errors
 from shmx import _core
 from tests.handle_bytes import parse
+from tests.peer import control_file
 
 BASES = {
     "ArenaFullError": OSError,
@@ -189,7 +190,7 @@ def test_a_message_names_what_happened_to_which_arena_and_the_remedy(provoke):
 @contextlib.contextmanager
 def all_peer_slots_taken(arena: shmx.Arena) -> Iterator[None]:
     """Lock the byte of every peer slot, as 63 processes would."""
-    with open("/dev/shm" + arena.name, "r+b") as control:
+    with open(control_file(arena.name), "r+b", buffering=0) as control:
         request = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 1, _core.MAX_PEERS - 1, 0)
         fcntl.fcntl(control, fcntl.F_OFD_SETLK, request)
         yield

@@ -65,6 +65,7 @@ def test_a_consumer_s_child_keeps_handles_and_views_whatever_the_parent_does(sta
         assert not names_of(arena)
 
 
+@pytest.mark.needs_names
 def test_an_owner_s_child_keeps_handles_and_views_whatever_the_owner_does(start_peer, segments):
     """Rules 7 and 10: the child of a producer that was killed goes on reading, and sends handles on."""
     owner, consumer = start_peer(spares=1), start_peer()

@@ -114,6 +114,7 @@ def test_a_peer_counts_its_own_loads(start_peer):
         (membership,) = peer.memberships()
         assert membership == {
             "name": arena.name,
+            "backend": arena.backend,
             "loaded": 2,
             "stale_loads": 0,
             "held_blocks": 1,

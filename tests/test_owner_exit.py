@@ -40,6 +40,7 @@ def outcomes(report):
 
 
 @pytest.mark.parametrize("how", [*ENDS_IN_ORDER, *ENDS_AT_ONCE])
+@pytest.mark.needs_names
 def test_announced_loads_succeed_after_the_producer_s_end(start_peer, segments, how):
     """Rules 2 and 7; after an end in order, the last release removes everything without any reaper."""
     consumers = [start_peer() for _ in range(2)]
@@ -67,6 +68,7 @@ def test_announced_loads_succeed_after_the_producer_s_end(start_peer, segments, 
 
 
 @pytest.mark.parametrize("how", ENDS_AT_ONCE)
+@pytest.mark.needs_names
 def test_the_next_arena_made_removes_what_a_dead_producer_left(start_peer, segments, how):
     """Rule 7: a producer that dies and starts again does not pile up memory."""
     producer = start_peer()
@@ -87,6 +89,7 @@ def test_ending_in_order_without_messages_leaves_nothing(start_peer, segments):
         assert not segments()
 
 
+@pytest.mark.needs_names
 def test_a_message_hops_on_after_its_producer_s_end(start_peer, segments):
     """Rules 2 and 4: a holder of an orphan announces for processes that have never seen its arena."""
     producer, first = start_peer(), start_peer()
@@ -106,6 +109,7 @@ def test_a_message_hops_on_after_its_producer_s_end(start_peer, segments):
     assert not segments()
 
 
+@pytest.mark.needs_names
 def test_a_holder_s_bytes_stay_when_a_dead_producer_s_memory_is_collected(start_peer, segments):
     """Rules 1 and 7: gc(force=True) takes messages, never holds."""
     producer, holder, late = start_peer(), start_peer(), start_peer()
@@ -126,6 +130,7 @@ def test_a_holder_s_bytes_stay_when_a_dead_producer_s_memory_is_collected(start_
     assert late.load("a", blob) == "SegmentLostError"
 
 
+@pytest.mark.needs_names
 def test_the_holder_of_an_orphan_is_killed(start_peer, segments):
     """Rules 6 and 7."""
     producer, holder = start_peer(), start_peer()
@@ -149,6 +154,7 @@ def test_messages_that_nobody_loads_go_after_their_time_to_live(start_peer, segm
     assert not collect_until_gone(segments)
 
 
+@pytest.mark.needs_names
 def test_messages_that_nobody_loads_go_at_once_by_force(start_peer, segments):
     """Rule 7; without force they wait for their time-to-live."""
     producer = start_peer()
@@ -165,6 +171,7 @@ def test_messages_that_nobody_loads_go_at_once_by_force(start_peer, segments):
         handle.view()
 
 
+@pytest.mark.needs_names
 def test_discarding_the_last_message_of_an_orphan_removes_it(start_peer, segments):
     """Rule 7: a router that drops a request whose producer has ended."""
     producer = start_peer()
@@ -176,6 +183,7 @@ def test_discarding_the_last_message_of_an_orphan_removes_it(start_peer, segment
     assert not segments()
 
 
+@pytest.mark.needs_names
 def test_of_two_arenas_only_the_dead_one_goes(start_peer, segments):
     """Rule 7."""
     dead, alive, consumer = start_peer(), start_peer(), start_peer()
@@ -190,6 +198,7 @@ def test_of_two_arenas_only_the_dead_one_goes(start_peer, segments):
     assert consumer.check("a", 1)
 
 
+@pytest.mark.needs_names
 def test_a_stopped_producer_is_not_dead(start_peer, segments):
     """Rule 7: SIGSTOP, or a debugger, must not cost a producer its arena."""
     producer, consumer = start_peer(), start_peer()
@@ -205,6 +214,7 @@ def test_a_stopped_producer_is_not_dead(start_peer, segments):
     assert producer.check("a", 1)
 
 
+@pytest.mark.needs_names
 def test_consumers_leave_a_dead_producer_when_another_one_comes(start_peer, segments):
     """Rule 7: a consumer that outlives many producers keeps no memory of theirs."""
     consumer = start_peer()
@@ -222,6 +232,7 @@ def test_consumers_leave_a_dead_producer_when_another_one_comes(start_peer, segm
     assert consumer.mapped() == []
 
 
+@pytest.mark.needs_names
 def test_a_consumer_that_left_a_dead_producer_still_loads_its_messages(start_peer, segments):
     """Rules 2 and 7: leaving is not losing."""
     consumer, first, second = start_peer(), start_peer(), start_peer()
@@ -256,6 +267,7 @@ def test_a_live_consumer_s_backlog_outlives_the_time_to_live(start_peer):
 # ---- closing an arena ----
 
 
+@pytest.mark.needs_names
 def test_a_closed_arena_stays_until_its_messages_are_loaded(start_peer, segments):
     """Rules 2 and 7: close() is an exit of the arena, not of its messages."""
     consumer = start_peer()
@@ -393,6 +405,7 @@ def run_script(text, *arguments):
         ("threading.Thread(target=os.kill, args=(os.getpid(), 15)).start(); threading.Event().wait()", -15),
     ],
 )
+@pytest.mark.needs_names
 def test_a_script_ends_right_after_it_has_sent(segments, ending, code):
     """Rules 2 and 7: the end of the main interpreter, without multiprocessing."""
     ended = run_script(SHARE_AND_END + ending)
@@ -453,6 +466,7 @@ print([name for name in os.listdir("/dev/shm") if "shmx-" in name])
 """
 
 
+@pytest.mark.needs_names
 def test_a_child_of_os_fork_leaves_its_own_arena_at_exit(segments):
     """Rule 7: an end in order needs no reaper, in a child that multiprocessing knows nothing of either."""
     ended = run_script(FORK_AND_END)
@@ -472,6 +486,7 @@ def share_in_an_executor(_):
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+@pytest.mark.needs_names
 def test_a_child_with_an_idle_executor_ends_and_what_it_sent_is_kept(children, method, segments):
     """Rules 2 and 7: the threads of executors wait for work until the interpreter tells them to end."""
     handle = pickle.loads(children.start(share_in_an_executor, method=method).result())

@@ -262,6 +262,7 @@ def test_an_unknown_option_of_a_command_is_status_2(capsys):
     assert "shmx gc" in capsys.readouterr().err
 
 
+@pytest.mark.needs_names
 def test_gc_reports_every_arena_and_leaves_those_in_use(capsys, children):
     child = children.start(owns_an_arena)
     name = child.receive()
@@ -287,6 +288,7 @@ def owns_an_arena(connection):
     return handle.nbytes
 
 
+@pytest.mark.needs_names
 def test_gc_of_nothing_says_so(capsys):
     assert cli.main(["gc"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[1:3] == ["removed", "of"]

@@ -107,6 +107,7 @@ def share_in_a_loop(connection):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.needs_names
 def test_a_child_process_shares_with_threads_of_its_own(children, method):
     kept = asyncio.run(shmx.share_async(pattern(2, LARGE)))  # the parent's threads exist by now
     handle = pickle.loads(children.start(share_in_a_loop, method=method).result())

@@ -58,6 +58,7 @@ def leaves_an_arena(connection, readers):
     connection.recv()
 
 
+@pytest.mark.needs_names
 def test_an_own_arena_is_alive_with_its_holds_and_messages():
     with shmx.Arena(capacity=1 << 20) as arena:
         handle = arena.share(pattern(1))
@@ -103,6 +104,7 @@ def test_a_stopped_peer_is_alive(start_peer):
         peer.release("a")
 
 
+@pytest.mark.needs_names
 def test_looking_changes_no_byte_makes_no_page_and_takes_no_slot(children):
     name, _ = orphan(children, readers=2)
     before = snapshot(name)
@@ -116,6 +118,7 @@ def test_looking_changes_no_byte_makes_no_page_and_takes_no_slot(children):
 
 
 @pytest.mark.parametrize("how", ["kill", "end"])
+@pytest.mark.needs_names
 def test_rule_7_an_orphan_says_how_its_owner_ended_and_what_it_waits_for(children, how):
     name, _ = orphan(children, readers=2, how=how)
     found = seen(name)
@@ -133,6 +136,7 @@ def test_rule_7_an_orphan_says_how_its_owner_ended_and_what_it_waits_for(childre
     assert not snapshot(name)
 
 
+@pytest.mark.needs_names
 def test_an_orphan_that_a_process_uses_is_kept_even_by_force(children, start_peer):
     peer = start_peer("spawn")
     name, blob = orphan(children, readers=1)
@@ -148,6 +152,7 @@ def test_an_orphan_that_a_process_uses_is_kept_even_by_force(children, start_pee
     assert told(shmx.gc(), name)["outcome"] == "removed"
 
 
+@pytest.mark.needs_names
 def test_an_arena_of_a_living_owner_is_its_owners(children):
     child = children.start(leaves_an_arena, 0)
     name, _ = child.receive()
@@ -215,6 +220,7 @@ def test_another_users_arena_is_named_and_left_alone(name):
     [(0, b"\xff" * 8, "damaged"), (8, struct.pack("<I", 99), "other version"), (16, b"\x01" * 8, "damaged")],
     ids=["magic", "layout_version", "arena_id"],
 )
+@pytest.mark.needs_names
 def test_a_control_segment_that_is_not_ours_to_read_is_told_and_left_alone(children, offset, value, state):
     name, _ = orphan(children)
     path = SHM / name.removeprefix("/")
@@ -236,6 +242,7 @@ def test_a_control_segment_that_is_not_ours_to_read_is_told_and_left_alone(child
 
 
 @pytest.mark.parametrize("length", [8, 100, 1 << 16])
+@pytest.mark.needs_names
 def test_a_truncated_control_segment_is_told_and_left_alone(children, length):
     name, _ = orphan(children)
     path = SHM / name.removeprefix("/")
@@ -267,6 +274,7 @@ def test_an_arena_is_logged_when_it_is_made_and_removed(caplog):
     assert {record.levelno for record in caplog.records} == {logging.INFO}
 
 
+@pytest.mark.needs_names
 def test_an_orphan_that_the_next_arena_reaps_is_logged(caplog, children):
     name, _ = orphan(children)
     with caplog.at_level(logging.INFO, "shmx"):

@@ -275,6 +275,7 @@ def test_a_share_that_waits_lets_other_threads_run_and_gives_up_in_time():
 # ---- leaving while others work ----
 
 
+@pytest.mark.needs_names
 def test_a_load_while_another_thread_collects(start_peer):
     """Rule 2: gc() leaves orphans in which nothing is held; a load that comes just then joins again."""
     producer = start_peer()

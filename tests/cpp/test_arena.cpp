@@ -341,7 +341,7 @@ TEST_CASE("rule 9: an arena that cannot even be made leaves nothing") {
     {
       const UniqueFd fd = create_segment(name);
       size_segment(fd.get(), name, ByteCount{8 * kMiB});
-      reserve_segment(fd.get(), name, 0, ByteCount{8 * kMiB - 4096});
+      reserve_segment(fd.get(), name, 0, ByteCount{8 * kMiB - 4096}, Backend::kShm);
       // The reaper takes that for a torn creation: give it a magic.
       const std::uint64_t magic = 1;
       expect(::pwrite(fd.get(), &magic, sizeof magic, 0) == sizeof magic);
@@ -692,7 +692,7 @@ TEST_CASE("rule 6: what a killed peer held comes back when room is needed") {
   Child child([&](Line& line) {
     std::vector<Hold> held;
     for (const HandleState& state : states) {
-      held.push_back(load_block(state.arena, state.block, state.generation, state.message));
+      held.push_back(load_block(state.arena, state.place, state.block, state.generation, state.message));
     }
     line.say(held.size());
     (void)line.hear();
@@ -711,7 +711,7 @@ TEST_CASE("rule 6: sweep tells how many peers were dead") {
   const Allocation made = arena->allocate(ByteCount{5000});
   const HandleState state = send(made.hold, exactly(2));
   const auto stay = [&](Line& line) {
-    const Hold held = load_block(state.arena, state.block, state.generation, state.message);
+    const Hold held = load_block(state.arena, state.place, state.block, state.generation, state.message);
     line.say(1);
     (void)line.hear();
   };

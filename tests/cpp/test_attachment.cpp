@@ -385,7 +385,7 @@ TEST_CASE("a load after the process has left the arena joins it again") {
     leave_all();
     for (int i = 0; i < 2; ++i) {
       {
-        expect(is_filled(load_block(state.arena, state.block, state.generation, state.message), 17));
+        expect(is_filled(load_block(state.arena, state.place, state.block, state.generation, state.message), 17));
       }
       const auto left = find_attachment(id);
       leave_all();
@@ -395,7 +395,7 @@ TEST_CASE("a load after the process has left the arena joins it again") {
     const auto left = attach(id);
     left->retire();
     {
-      expect(is_filled(load_block(state.arena, state.block, state.generation, state.message), 17));
+      expect(is_filled(load_block(state.arena, state.place, state.block, state.generation, state.message), 17));
     }
     expect(find_attachment(id) != left);
     leave_all();

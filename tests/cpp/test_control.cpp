@@ -150,8 +150,7 @@ TEST_CASE("rule 6: a sweep frees the holds of slots without a lock, and spares t
   Scratch scratch;
   scratch.control.publish();
   scratch.control.grow_table(10);
-  const auto alive =
-      PeerLock::try_take(scratch.control.name(), scratch.control.identity(), PeerSlot{4}, Inheritance::kThisProcess);
+  const auto alive = PeerLock::try_take(scratch.control.file(), PeerSlot{4}, Inheritance::kThisProcess);
   REQUIRE(alive);
   for (const std::uint32_t peer : {2U, 3U, 4U, 5U}) {
     set_hold(scratch.control.block(BlockIndex{1}).state, PeerSlot{peer});
@@ -166,9 +165,7 @@ TEST_CASE("rule 6: a sweep frees the holds of slots without a lock, and spares t
   CHECK(scratch.control.holders() == left);
   // The locks of the sweep are gone.
   for (const std::uint32_t peer : {2U, 5U}) {
-    CHECK(PeerLock::try_take(scratch.control.name(), scratch.control.identity(), PeerSlot{peer},
-                             Inheritance::kThisProcess)
-              .has_value());
+    CHECK(PeerLock::try_take(scratch.control.file(), PeerSlot{peer}, Inheritance::kThisProcess).has_value());
   }
 }
 

@@ -32,7 +32,7 @@ struct Published {
 // Every slot of the arena that is free, taken.
 std::vector<PeerLock> take_all_slots(ControlSegment& control) {
   std::vector<PeerLock> locks;
-  while (auto seat = PeerLock::take_any(control.name(), control.identity(), Inheritance::kThisProcess)) {
+  while (auto seat = PeerLock::take_any(control.file(), Inheritance::kThisProcess)) {
     locks.push_back(std::move(seat->first));
   }
   return locks;
@@ -167,7 +167,7 @@ TEST_CASE("a child of a process that uses nothing takes no slot, and joins when 
     expect(find_attachment(state.arena) == nullptr);
     expect(!published.arena->attachment()->usable());
     {
-      const Hold hold = load_block(state.arena, state.block, state.generation, state.message);
+      const Hold hold = load_block(state.arena, state.place, state.block, state.generation, state.message);
       expect(is_filled(hold, 44));
       expect(!hold.attachment().is_owner());
     }
@@ -224,7 +224,7 @@ TEST_CASE("a child of a consumer inherits its holds") {
   Child consumer([&](Line& line) {
     published.made.hold.release();
     leave_all();
-    Hold hold = load_block(state.arena, state.block, state.generation, state.message);
+    Hold hold = load_block(state.arena, state.place, state.block, state.generation, state.message);
     expect(is_filled(hold, 44));
     Child grandchild([&](Line& up) {
       expect(is_filled(hold, 44));

@@ -172,7 +172,7 @@ TEST_CASE("rule 6: what a killed peer held is used again before the arena grows 
     std::vector<Hold> holds;
     holds.reserve(sent.size());
     for (const HandleState& state : sent) {
-      holds.push_back(load_block(state.arena, state.block, state.generation, state.message));
+      holds.push_back(load_block(state.arena, state.place, state.block, state.generation, state.message));
     }
     line.say(1);
     (void)line.hear();

@@ -190,7 +190,7 @@ TEST_CASE("rule 5: a load never raises because the data is gone; the handle says
   SUBCASE("no free slot") {
     std::vector<PeerLock> locks;
     ControlSegment& control = published.arena->attachment()->control();
-    while (auto seat = PeerLock::take_any(control.name(), control.identity(), Inheritance::kThisProcess)) {
+    while (auto seat = PeerLock::take_any(control.file(), Inheritance::kThisProcess)) {
       locks.push_back(std::move(seat->first));
     }
     Child child([&](Line&) {

@@ -45,6 +45,8 @@ class Bytes {
 // The parts before and after what a test is about.
 struct Fields {
   unsigned flags = 0;
+  std::uint64_t pid = 1;
+  std::uint64_t fd = 5;
   std::uint64_t block = 3;
   std::uint64_t generation = 8;
   std::uint64_t offset = 0;
@@ -52,7 +54,9 @@ struct Fields {
 
   [[nodiscard]] Bytes up_to_generation() const {
     Bytes bytes;
-    bytes.raw({flags}).fixed(0x11223344, 4).fixed(0x0102030405060708, 8).varint(block).varint(generation);
+    bytes.raw({flags}).fixed(0x11223344, 4).fixed(0x0102030405060708, 8);
+    if ((flags & 8) != 0) bytes.varint(pid).varint(fd);
+    bytes.varint(block).varint(generation);
     return bytes;
   }
   [[nodiscard]] Bytes up_to_dtype() const {
@@ -83,6 +87,7 @@ bool refused(const std::string& bytes) {
 void check_equal(const HandleState& a, const HandleState& b) {
   REQUIRE(a.host == b.host);
   REQUIRE(a.arena == b.arena);
+  REQUIRE(a.place == b.place);
   REQUIRE(a.block == b.block);
   REQUIRE(a.generation == b.generation);
   REQUIRE(a.message.has_value() == b.message.has_value());
@@ -101,6 +106,9 @@ HandleState random_state(std::mt19937_64& random) {
   HandleState state;
   state.host = static_cast<std::uint32_t>(random());
   state.arena = ArenaId{random()};
+  if (random() % 2 == 0) {
+    state.place = {1 + static_cast<std::uint32_t>(random() % (1U << 22)), static_cast<std::uint32_t>(random() % 5000)};
+  }
   state.block = BlockIndex{static_cast<std::uint32_t>(random() % kMaxBlocks)};
   state.generation = Generation{(random() >> (random() % 64)) & ~std::uint64_t{1}};
   if (random() % 2 == 0) {
@@ -153,6 +161,18 @@ TEST_CASE("the bytes are those of the written format") {
   bytes.raw({7}).fixed(0x11223344, 4).fixed(0x0102030405060708, 8).raw({3, 0xAC, 2});
   bytes.raw({9, 0xFF, 0xFF, 0x3F}).raw({0x80, 2, 10, 2});
   bytes.raw({4, 0x80, 0x80, 1}).raw({0x80, 0x80, 2, 2}).raw({3});
+  CHECK(encode_handle(state) == bytes.sealed());
+}
+
+TEST_CASE("of an arena without a name they say where it is open, behind the arena") {
+  HandleState state;
+  state.host = 0x11223344;
+  state.arena = ArenaId{0x0102030405060708};
+  state.place = {300, 17};
+  state.block = BlockIndex{3};
+  state.meta.shape = {4};
+  Bytes bytes;
+  bytes.raw({8}).fixed(0x11223344, 4).fixed(0x0102030405060708, 8).raw({0xAC, 2, 17}).raw({3, 0, 0, 0, 1, 4});
   CHECK(encode_handle(state) == bytes.sealed());
 }
 
@@ -252,7 +272,16 @@ TEST_CASE("a version or magic of another kind is refused") {
 
 TEST_CASE("hostile values with a right checksum are refused") {
   SUBCASE("unknown flags") {
-    for (const unsigned flags : {8U, 16U, 128U}) CHECK(refused(Fields{.flags = flags}.with_shape({2})));
+    for (const unsigned flags : {16U, 32U, 128U}) CHECK(refused(Fields{.flags = flags}.with_shape({2})));
+  }
+  SUBCASE("a place beyond its range") {
+    CHECK_FALSE(refused(Fields{.flags = 8, .pid = 1U << 22, .fd = 1U << 30}.with_shape({2})));
+    CHECK_FALSE(refused(Fields{.flags = 8, .fd = 0}.with_shape({2})));
+    CHECK(refused(Fields{.flags = 8, .pid = 0}.with_shape({2})));
+    CHECK(refused(Fields{.flags = 8, .pid = (1U << 22) + 1}.with_shape({2})));
+    CHECK(refused(Fields{.flags = 8, .pid = UINT64_MAX}.with_shape({2})));
+    CHECK(refused(Fields{.flags = 8, .fd = (1U << 30) + 1}.with_shape({2})));
+    CHECK(refused(Fields{.flags = 8, .fd = UINT64_MAX}.with_shape({2})));
   }
   SUBCASE("a block beyond the table") {
     CHECK(refused(Fields{.block = kMaxBlocks}.with_shape({2})));

@@ -30,8 +30,8 @@ struct Scratch {
   Scratch() { control.publish(); }
   ~Scratch() { unlink_segment(control.name()); }
 
-  [[nodiscard]] std::optional<PeerLock> take(PeerSlot slot, Inheritance inheritance = Inheritance::kThisProcess) const {
-    return PeerLock::try_take(control.name(), control.identity(), slot, inheritance);
+  [[nodiscard]] std::optional<PeerLock> take(PeerSlot slot, Inheritance inheritance = Inheritance::kThisProcess) {
+    return PeerLock::try_take(control.file(), slot, inheritance);
   }
   [[nodiscard]] bool alive(PeerSlot slot = kSlot) { return is_alive(control.file(), slot); }
 };
@@ -97,16 +97,15 @@ TEST_CASE("take_any takes the first free slot that is not the owner's, and nothi
   Scratch scratch;
   std::vector<PeerLock> locks;
   for (std::uint32_t i = 1; i < kMaxPeers; ++i) {
-    auto seat = PeerLock::take_any(scratch.control.name(), scratch.control.identity(), Inheritance::kThisProcess);
+    auto seat = PeerLock::take_any(scratch.control.file(), Inheritance::kThisProcess);
     REQUIRE(seat);
     CHECK(seat->second == PeerSlot{i});
     locks.push_back(std::move(seat->first));
   }
-  CHECK_FALSE(
-      PeerLock::take_any(scratch.control.name(), scratch.control.identity(), Inheritance::kThisProcess).has_value());
+  CHECK_FALSE(PeerLock::take_any(scratch.control.file(), Inheritance::kThisProcess).has_value());
   CHECK_FALSE(scratch.alive(kOwnerSlot));
   locks[9].release();
-  const auto seat = PeerLock::take_any(scratch.control.name(), scratch.control.identity(), Inheritance::kThisProcess);
+  const auto seat = PeerLock::take_any(scratch.control.file(), Inheritance::kThisProcess);
   REQUIRE(seat);
   CHECK(seat->second == PeerSlot{10});
 }
@@ -324,17 +323,16 @@ TEST_CASE("rule 7: no slot is given in a control segment that has lost its name"
   Scratch scratch;
   REQUIRE(unlink_segment(scratch.control.name()));
   CHECK(code_of([&] { (void)scratch.take(kSlot); }) == ErrorCode::kSegmentLost);
-  CHECK(code_of([&] {
-          (void)PeerLock::take_any(scratch.control.name(), scratch.control.identity(), Inheritance::kThisProcess);
-        }) == ErrorCode::kSegmentLost);
+  CHECK(code_of([&] { (void)PeerLock::take_any(scratch.control.file(), Inheritance::kThisProcess); }) ==
+        ErrorCode::kSegmentLost);
 }
 
 TEST_CASE("rule 7: no slot is given in another file of the same name") {
   Scratch scratch;
   REQUIRE(unlink_segment(scratch.control.name()));
-  const ControlSegment other = ControlSegment::create(scratch.arena, {1U << 20, 640});
+  ControlSegment other = ControlSegment::create(scratch.arena, {1U << 20, 640});
   CHECK(code_of([&] { (void)scratch.take(kSlot); }) == ErrorCode::kSegmentLost);
-  CHECK(PeerLock::try_take(other.name(), other.identity(), kSlot, Inheritance::kThisProcess).has_value());
+  CHECK(PeerLock::try_take(other.file(), kSlot, Inheritance::kThisProcess).has_value());
 }
 
 TEST_CASE("a failed attempt leaves no descriptor and no lock") {

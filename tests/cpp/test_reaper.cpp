@@ -46,7 +46,7 @@ Reaped reap_now(ArenaId arena, Expiry expiry) {
 void remove_orphan(ArenaId arena) { CHECK(reap_now(arena, Expiry::kNow) == Reaped::kRemoved); }
 
 Hold load_here(const HandleState& state) {
-  return load_block(state.arena, state.block, state.generation, state.message);
+  return load_block(state.arena, state.place, state.block, state.generation, state.message);
 }
 
 std::optional<ReapReport> report_of(ArenaId arena, const std::vector<ReapReport>& reports) {
@@ -278,7 +278,7 @@ TEST_CASE("rule 7: a torn creation is removed") {
 TEST_CASE("a creation that is under way is not taken for a torn one") {
   const ArenaId arena{random_id()};
   ControlSegment control = ControlSegment::create(arena, {kMiB, 640});
-  auto lock = PeerLock::try_take(control.name(), control.identity(), kOwnerSlot, Inheritance::kThisProcess);
+  auto lock = PeerLock::try_take(control.file(), kOwnerSlot, Inheritance::kThisProcess);
   REQUIRE(lock);
   const auto report = report_of(arena, reap_all(Expiry::kTimeToLive));
   REQUIRE(report);

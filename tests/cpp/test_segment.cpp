@@ -93,7 +93,7 @@ TEST_CASE("rule 9: a reservation that /dev/shm cannot hold is an error at once")
   const std::uint64_t too_much = shm_filesystem_bytes() * 2 + (std::uint64_t{1} << 40);
   size_segment(scratch.fd.get(), scratch.name, ByteCount{too_much});
   try {
-    reserve_segment(scratch.fd.get(), scratch.name, 0, ByteCount{too_much});
+    reserve_segment(scratch.fd.get(), scratch.name, 0, ByteCount{too_much}, Backend::kShm);
     FAIL("reserved");
   } catch (const Error& error) {
     CHECK(error.code() == ErrorCode::kArenaFull);
@@ -102,7 +102,7 @@ TEST_CASE("rule 9: a reservation that /dev/shm cannot hold is an error at once")
   struct stat facts{};
   REQUIRE(::fstat(scratch.fd.get(), &facts) == 0);
   CHECK(facts.st_blocks == 0);
-  reserve_segment(scratch.fd.get(), scratch.name, 65536, ByteCount{65536});
+  reserve_segment(scratch.fd.get(), scratch.name, 65536, ByteCount{65536}, Backend::kShm);
   REQUIRE(::fstat(scratch.fd.get(), &facts) == 0);
   CHECK(facts.st_blocks * 512 == 65536);
 }
@@ -153,7 +153,7 @@ TEST_CASE("a mapping shows the segment's bytes, and large ones start on a huge p
                                     (std::uint64_t{4} << 20) + 4096, (std::uint64_t{3} << 20) + 100}) {
     CAPTURE(bytes);
     size_segment(scratch.fd.get(), scratch.name, ByteCount{bytes});
-    reserve_segment(scratch.fd.get(), scratch.name, 0, ByteCount{bytes});
+    reserve_segment(scratch.fd.get(), scratch.name, 0, ByteCount{bytes}, Backend::kShm);
     Mapping writable(scratch.fd.get(), scratch.name, ByteCount{bytes}, Access::kReadWrite);
     const Mapping readable(scratch.fd.get(), scratch.name, ByteCount{bytes}, Access::kReadOnly);
     if (bytes >= 2U << 20) CHECK(reinterpret_cast<std::uintptr_t>(writable.base()) % (2U << 20) == 0);

@@ -70,7 +70,7 @@ TEST_CASE("an arena that is alive: owner, memory, blocks, messages, and who hold
   age_messages(entry_of(kept.hold).state, 20);
   const HandleState sent = send(kept.hold, exactly(2));
   Child peer([&](Line& line) {
-    const auto hold = load_block(sent.arena, sent.block, sent.generation, sent.message);
+    const auto hold = load_block(sent.arena, sent.place, sent.block, sent.generation, sent.message);
     line.say(1);
     (void)line.hear();
   });
@@ -141,7 +141,7 @@ TEST_CASE("a creation that is under way, and one that was torn") {
   const ArenaId arena{random_id()};
   ControlSegment control = ControlSegment::create(arena, {1U << 20, 640});
   {
-    const auto lock = PeerLock::try_take(control.name(), control.identity(), kOwnerSlot, Inheritance::kThisProcess);
+    const auto lock = PeerLock::try_take(control.file(), kOwnerSlot, Inheritance::kThisProcess);
     CHECK(survey_of(arena).state == ArenaState::kStarting);
   }
   CHECK(survey_of(arena).state == ArenaState::kTorn);
