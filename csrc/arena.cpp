@@ -402,12 +402,17 @@ bool Arena::may_contain(const void* address) const {
 void Arena::drop_segment(std::uint32_t slot) {
   const std::lock_guard prepared(prepare_mutex_);
   Segment& segment = segments_[slot];
-  // First: where that fails, the segment stays what it is.
-  control().remove_data(segment.id, segment.base, segment.committed);
-  space_.forget_segment(slot);
   SegmentEntry& shared = control().header().segments[slot];
-  // relaxed: ordered by the count.
-  shared.status.store(SegmentStatus::kDead, std::memory_order_relaxed);
+  // release: a peer that does not find the name finds here why.
+  shared.status.store(SegmentStatus::kDead, std::memory_order_release);
+  try {
+    control().remove_data(segment.id, segment.base, segment.committed);
+  } catch (...) {
+    // release: as it was.
+    shared.status.store(SegmentStatus::kLive, std::memory_order_release);
+    throw;
+  }
+  space_.forget_segment(slot);
   // Not with the next segment: a peer that looks between its status and its id would take the old one for live.
   shared.id.store(0, std::memory_order_relaxed);
   // release: peers unmap at their next call; nobody holds a block in it.

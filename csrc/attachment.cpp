@@ -309,8 +309,9 @@ void Attachment::map_all() {
       prefault(segment.mapping.base(),
                std::min(entry.committed.load(std::memory_order_acquire), segment.mapping.bytes()));
     } catch (const Error& error) {
-      // Nothing in it is held here, so its owner may have trimmed it since.
-      if (error.code() != ErrorCode::kSegmentLost || entry.id.load(std::memory_order_acquire) == id) throw;
+      // Nothing in it is held here, so its owner may have trimmed it since, or be about it.
+      const bool live = entry.status.load(std::memory_order_acquire) == SegmentStatus::kLive;
+      if (error.code() != ErrorCode::kSegmentLost || (live && entry.id.load(std::memory_order_acquire) == id)) throw;
     }
   }
 }
