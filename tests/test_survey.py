@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import struct
 from pathlib import Path
 
@@ -117,6 +118,11 @@ def test_looking_changes_no_byte_makes_no_page_and_takes_no_slot(children):
     assert all(arena["name"] != name for arena in shmx.arenas())
 
 
+def without_age(outcome):
+    """What gc told, without the seconds, which go on."""
+    return {**outcome, "reason": re.sub(r"[0-9.]+ s\b", "? s", outcome["reason"])}
+
+
 @pytest.mark.parametrize("how", ["kill", "end"])
 @pytest.mark.needs_names
 def test_rule_7_an_orphan_says_how_its_owner_ended_and_what_it_waits_for(children, how):
@@ -127,12 +133,12 @@ def test_rule_7_an_orphan_says_how_its_owner_ended_and_what_it_waits_for(childre
     assert kept["outcome"] == "in use"
     assert "1 message not loaded yet" in kept["reason"]
     assert ("has ended" if how == "end" else "has died") in kept["reason"]
-    assert told(shmx.gc(), name) == {**kept, "reason": told(shmx.gc(dry_run=True), name)["reason"]}
+    assert without_age(told(shmx.gc(), name)) == without_age(kept)
     would = told(shmx.gc(dry_run=True, force=True), name)
     assert would["outcome"] == "would be removed"
     assert snapshot(name)
     removed = told(shmx.gc(force=True), name)
-    assert (removed["outcome"], removed["reason"], removed["bytes"]) == ("removed", would["reason"], would["bytes"])
+    assert without_age(removed) == without_age({**would, "outcome": "removed"})
     assert not snapshot(name)
 
 
