@@ -444,9 +444,10 @@ std::vector<NamedSegments> list_arenas() {
   std::map<std::uint64_t, NamedSegments> found;
   const std::unique_ptr<DIR, int (*)(DIR*)> directory(::opendir(kDirectory), &::closedir);
   if (!directory) {
-    // Arenas without names do without it.
-    if (errno == ENOENT) return {};
-    throw system_error("opendir", kDirectory, errno);
+    const int system_errno = errno;
+    // Arenas without names do without it. Asked twice: names that are passed over would never be removed.
+    if (system_errno == ENOENT && ::access(kDirectory, F_OK) != 0) return {};
+    throw system_error("opendir", kDirectory, system_errno);
   }
   for (;;) {
     // A list that ends early would pass for the whole: what it lacks would never be removed.
