@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import pickle
 import shutil
@@ -131,8 +132,6 @@ def _descriptors() -> int:
 
 
 def _give_everything_back() -> None:
-    import gc
-
     from shmx import _core
 
     gc.collect()
@@ -208,6 +207,9 @@ def main(library: str, name: str) -> None:
 
     torch.set_num_threads(1)
     assert shmx.__name__ == "shmx"
+    # What is imported by now is no garbage, and a collection in each child would copy all of it.
+    gc.collect()
+    gc.freeze()
     prepare = globals()[name]
     numbers = (ctypes.c_uint64 * 10000)()
     pid, reader = _fork(failer, prepare)
