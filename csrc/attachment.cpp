@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <new>
 #include <numeric>
@@ -378,6 +379,10 @@ bool Attachment::may_probe_owner(Ticks now) {
 void Attachment::prepare_fork() noexcept {
   fork_plan_ = ForkPlan::kNone;
   if (!usable() || uses_.load(std::memory_order_relaxed) == 0) return;
+  // A thread between its two counts leaves nothing to inherit; a child with a slot and no use would be in the way of
+  // the reaper that this thread is about to be, and never be one itself.
+  if (std::all_of(counts_.get(), counts_.get() + control_.block_count(), [](std::uint32_t n) { return n == 0; }))
+    return;
   fork_plan_ = ForkPlan::kLeftOut;
   fork_failure_.reset();
   try {
