@@ -60,6 +60,10 @@ byte generation = 2;             /* even: in use, odd: closing */
 byte holds = BIT(OWNER);         /* one bit per peer */
 byte remaining[CELLS];           /* a cell is free when it is 0 */
 byte tag[CELLS];
+#if EXPIRIES > 0
+bool fresh[CELLS];               /* the message was announced after the time-to-live of the others had passed */
+bool passed;
+#endif
 byte content = 2;                /* the generation whose bytes lie in the block */
 
 /* kernel lock of a slot; it ends with its process */
@@ -103,6 +107,12 @@ inline drop_message(dropped) {
   d_step { if :: tag[c] == dropped -> remaining[c] = 0 :: else fi }
 }
 
+#if EXPIRIES > 0
+#define STAMP fresh[c] = passed
+#else
+#define STAMP skip
+#endif
+
 /* by a holder of generation own; a is the message's index */
 inline announce(own, readers) {
   if
@@ -111,12 +121,12 @@ inline announce(own, readers) {
      :: c < CELLS ->
 #if MUTANT == 12
         if
-        :: remaining[c] == 0 -> d_step { tag[c]++; mine = tag[c]; remaining[c] = readers }; break
+        :: remaining[c] == 0 -> d_step { tag[c]++; mine = tag[c]; remaining[c] = readers; STAMP }; break
         :: else -> c++
         fi
 #else
         if
-        :: d_step { remaining[c] == 0 -> tag[c]++; mine = tag[c]; remaining[c] = readers }; break
+        :: d_step { remaining[c] == 0 -> tag[c]++; mine = tag[c]; remaining[c] = readers; STAMP }; break
         :: else -> c++
         fi
 #endif
@@ -346,28 +356,47 @@ alive:
 #else
        bump_generation(); drop_messages()
 #endif
+#if EXPIRIES > 0
     :: expiries < EXPIRIES ->
        expiries++;
-       if :: skip :: c = CELLS - 1 fi;
-       n = tag[c];
-       d_step {
-         if
-         :: tag[c] == n || MUTANT == 14 ->
-            remaining[c] = 0;
-            m = 0;
-            do
-            :: m < MESSAGES ->
+       passed = true;
+       do
+       :: c < CELLS ->
+#if MUTANT == 15
+          idle = (remaining[c] > 0 && !fresh[c]);
+          n = tag[c];
+#else
+          d_step { n = tag[c]; idle = (remaining[c] > 0 && !fresh[c]) };   /* one word */
+#endif
+          if
+          :: idle ->
+             d_step {
                if
-               :: message[m].gen != 0 && message[m].cell == c && message[m].tag == n -> message[m].withdrawn = true
-               :: else
+               :: remaining[c] > 0 && (tag[c] == n || MUTANT == 14) ->
+                  RULE(2, !fresh[c]);
+                  remaining[c] = 0;
+                  m = 0;
+                  do
+                  :: m < MESSAGES ->
+                     if
+                     :: message[m].gen != 0 && message[m].cell == c && message[m].tag == n -> message[m].withdrawn = true
+                     :: else
+                     fi;
+                     m++
+                  :: else -> break
+                  od;
+                  MET(9)                                               /* a message expires */
+               :: else -> MET(10)                                      /* it was loaded, or its cell is another's */
                fi;
-               m++
-            :: else -> break
-            od
-         :: else
-         fi;
-         c = 0; n = 0; m = 0
-       }
+               m = 0; idle = false
+             }
+          :: else
+          fi;
+          n = 0; c++
+       :: else -> break
+       od;
+       c = 0
+#endif
     :: !held -> break
     od;
 
@@ -495,3 +524,8 @@ init {
     if :: KILLS > 0 -> run killer() :: else fi
   }
 }
+
+#ifdef LTL
+#define IS_CLOSING (generation % 2 == 1)
+ltl opened_or_retired { [] (IS_CLOSING -> <> !IS_CLOSING) }
+#endif

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODELS = Path(__file__).resolve().parent
-RULES = {1: "rule 1", 2: "rule 2", 3: "rule 3", 6: "rule 6", 7: "rule 7", 10: "reuse"}
+RULES = {1: "rule 1", 2: "rule 2", 3: "rule 3", 6: "rule 6", 7: "rule 7", 10: "reuse", 11: "unmapped", 12: "stuck"}
 MAX_DEPTH = 10_000  # steps; the longest run of a model takes a few hundred
 SAFETY = ("-DSAFETY",)
 CYCLES = ("-DNP", "-DNOFAIR")  # reports a run that never ends
+LIVENESS = ("-DNFAIR=4",)  # the formula at the end of the model, under weak fairness: who can go on does, in the end
 MEGABYTES = 2500
 LONG_MEGABYTES = 6000
 SECONDS = 600
@@ -37,6 +38,7 @@ BOUNDS = {
         "expiry": "EXPIRIES=1 MESSAGES=2",
         "peer killed": "KILLS=1 SWEEPS=1 MESSAGES=2",
         "owner killed": "KILLS=1 VICTIM=0 MESSAGES=2",
+        "in the end": "KILLS=1 VICTIM=0 MESSAGES=2 LATE=0 RETIRES=1",
     },
     "arena": {
         "late": "STALE=0",
@@ -50,6 +52,24 @@ BOUNDS = {
         "stale": "OTHER=0",
         "two blocks": "OLD=0",
         "ends": "OLD=0 OTHER=0",
+    },
+    "trim": {
+        "late": "",
+        "warm": "WARM=1 LATE=0",
+        "owner killed": "KILLS=1 LATE=0",
+    },
+    "fork": {
+        "sweep": "SWEEPS=1",
+        "orphan": "ORPHAN=1",
+        "killed": "KILLS=1 RETIRES=1",
+        "orphan killed": "ORPHAN=1 KILLS=1 LOADS=0",
+    },
+    "orphan": {
+        "late": "",
+        "killed": "KILLS=1 DEAD_PEER=0",
+        "creation": "CREATES=1 LOADERS=0",
+        "in the end": "FOREVER=1 KILLS=1 LOADERS=0",
+        "in the end, late": "FOREVER=1",
     },
 }
 LONG_BOUNDS = {
@@ -72,6 +92,18 @@ LONG_BOUNDS = {
         "collector": "KILLS_OWNER=1 COLLECTS=1 FORWARDS=0 LATE=0 STALE=0",
     },
     "threads": {},
+    "trim": {
+        "warm, late": "WARM=1",
+        "more": "PUBLISHES=3 TRIMS=3",
+    },
+    "fork": {
+        "killed, sweep": "KILLS=1 SWEEPS=1",
+        "orphan killed, load": "ORPHAN=1 KILLS=1",
+    },
+    "orphan": {
+        "killed, dead peer": "KILLS=1",
+        "in the end, killed": "FOREVER=1 KILLS=1",
+    },
 }
 # What spin must report for a mutant: the bounds that show it, and the rules of which it may break any.
 MUTANTS: dict[str, dict[int, tuple[str, set[int]]]] = {
@@ -90,6 +122,7 @@ MUTANTS: dict[str, dict[int, tuple[str, set[int]]]] = {
         12: ("messages", {2}),
         13: ("readers", {2, 10}),
         14: ("expiry", {2}),
+        15: ("expiry", {2}),
     },
     "arena": {
         1: ("late", {2}),
@@ -101,7 +134,7 @@ MUTANTS: dict[str, dict[int, tuple[str, set[int]]]] = {
         7: ("stale", {7}),
         8: ("owner killed", {7}),
         9: ("late", {7}),
-        10: ("late", {1, 2}),
+        10: ("late", {1, 2, 3}),
         11: ("owner killed", {7}),
         12: ("ends", set()),
     },
@@ -112,6 +145,38 @@ MUTANTS: dict[str, dict[int, tuple[str, set[int]]]] = {
         4: ("stale", {1}),
         5: ("two blocks", {7}),
         6: ("stale", {7}),
+    },
+    "trim": {
+        1: ("late", {1, 2}),
+        2: ("late", {1, 2}),
+        3: ("late", {11}),
+        4: ("late", {11}),
+        5: ("late", {11}),
+        6: ("warm", {1, 11}),
+        7: ("warm", {11}),
+        8: ("late", {1, 2}),
+        9: ("late", {1, 3}),
+        10: ("late", {1, 2, 3}),
+        11: ("owner killed", {7}),
+    },
+    "fork": {
+        1: ("sweep", {1}),
+        2: ("sweep", {1}),
+        3: ("sweep", {6}),
+        4: ("sweep", {1}),
+        5: ("orphan", {7}),
+        6: ("sweep", {6, 12}),
+        7: ("orphan", {7}),
+    },
+    "orphan": {
+        1: ("in the end", set()),
+        2: ("late", {7}),
+        3: ("late", {2}),
+        4: ("late", {2}),
+        5: ("killed", {7}),
+        6: ("creation", {2}),
+        7: ("creation", {2}),
+        8: ("creation", {2}),
     },
 }
 # Situations that the bounds must reach, or the search has proved less than it seems.
@@ -125,6 +190,8 @@ WITNESSES = {
         6: "messages",
         7: "peer killed",
         8: "messages",
+        9: "expiry",
+        10: "expiry",
     },
     "arena": {
         1: "late",
@@ -138,6 +205,18 @@ WITNESSES = {
         9: "owner killed",
     },
     "threads": {1: "stale", 2: "stale", 3: "stale", 4: "stale"},
+    "trim": {1: "late", 2: "late", 3: "late", 4: "late", 5: "late", 6: "warm", 7: "owner killed"},
+    "fork": {1: "sweep", 2: "sweep", 3: "sweep", 4: "sweep", 5: "killed", 6: "killed"},
+    "orphan": {
+        1: "late",
+        2: "creation",
+        3: "killed",
+        4: "killed",
+        5: "late",
+        6: "late",
+        7: "creation",
+        8: "creation",
+    },
 }
 
 
@@ -156,6 +235,11 @@ class Run:
     def finds_cycles(self) -> bool:
         """Whether the search looks for a run that never ends, and not at states."""
         return self.bounds == "ends"
+
+    @property
+    def checks_formula(self) -> bool:
+        """Whether the search is for a run in which what is wanted never comes."""
+        return self.bounds.startswith("in the end")
 
     @property
     def title(self) -> str:
@@ -229,6 +313,10 @@ def judge(run: Run, output: str) -> tuple[str, bool]:
         if run.mutant and int(rule[1]) in run.breaks:
             return f"caught, {name}", True
         return f"BREAKS {name}", False
+    if "acceptance cycle" in output:
+        if run.mutant and run.checks_formula:
+            return "caught, never comes", True
+        return "NEVER COMES", False
     if "non-progress cycle" in output:
         if run.mutant and run.finds_cycles:
             return "caught, never ends", True
@@ -245,7 +333,11 @@ def search(run: Run, directory: Path, megabytes: int, seconds: int) -> Outcome:
     source = str(MODELS / f"{run.model}.pml")
     defines = [f"-D{define}" for define in run.defines.split()]
     defines += [f"-DMUTANT={run.mutant}", f"-DWITNESS={run.witness}"]
-    options = CYCLES if run.finds_cycles and not run.witness else SAFETY
+    options = SAFETY
+    if not run.witness:
+        options = CYCLES if run.finds_cycles else LIVENESS if run.checks_formula else SAFETY
+    if options == LIVENESS:
+        defines.append("-DLTL")
     # Short searches: compiling costs more than it saves.
     optimize = "-O0" if run.witness else "-O1" if run.mutant else "-O2"
     compile_ = ["gcc", optimize, "-w", "-DCOLLAPSE", f"-DMEMLIM={megabytes}", *options, "-o", "pan", "pan.c"]
@@ -253,7 +345,7 @@ def search(run: Run, directory: Path, megabytes: int, seconds: int) -> Outcome:
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
         if done.returncode != 0:
             return Outcome(0, 0, 0.0, f"{command[0].upper()} FAILED", False, done.stdout + done.stderr)
-    command = ["./pan", f"-m{MAX_DEPTH}", *(["-l"] if options == CYCLES else [])]
+    command = ["./pan", f"-m{MAX_DEPTH}", *{SAFETY: (), CYCLES: ("-l",), LIVENESS: ("-a", "-f")}[options]]
     start = time.monotonic()
     try:
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=seconds)
@@ -299,7 +391,7 @@ def main() -> int:
     limits = (LONG_MEGABYTES, LONG_SECONDS) if arguments.long else (MEGABYTES, SECONDS)
     unexpected = 0
     start = time.monotonic()
-    print(f"{'model':8}{'':12}{'bounds':16}{'states':>11}{'depth':>7}{'seconds':>9}  verdict")
+    print(f"{'model':8}{'':12}{'bounds':20}{'states':>11}{'depth':>7}{'seconds':>9}  verdict")
     with (
         tempfile.TemporaryDirectory(prefix="shmx-model-") as scratch,
         ThreadPoolExecutor(max_workers=arguments.jobs) as pool,
@@ -309,7 +401,7 @@ def main() -> int:
         for run, outcome in zip(chosen, outcomes, strict=True):
             unexpected += not outcome.expected
             print(
-                f"{run.model:8}{run.title:12}{run.bounds:16}{outcome.states:>11,}{outcome.depth:>7}"
+                f"{run.model:8}{run.title:12}{run.bounds:20}{outcome.states:>11,}{outcome.depth:>7}"
                 f"{outcome.seconds:>9.1f}  {outcome.verdict}",
                 flush=True,
             )
