@@ -1,6 +1,6 @@
 """The C++ core. Use the names that the package re-exports; the rest is private to it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, SupportsIndex
 
@@ -48,6 +48,15 @@ class SharedTensor:
     def __copy__(self) -> SharedTensor: ...
     def __deepcopy__(self, memo: Any) -> SharedTensor: ...
     def __array__(self, dtype: Any = None, *, copy: bool | None = None) -> np.ndarray[Any, Any]: ...
+    # Given by shmx.hooks.
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = ...,
+        kwargs: dict[str, Any] | None = ...,
+    ) -> Any: ...
     def __dlpack__(self, **kwargs: Any) -> Any: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
     def __enter__(self) -> SharedTensor: ...

@@ -327,4 +327,4 @@ def _torch_function(
     return func(*_as_tensors(tuple(args)), **_as_tensors(kwargs or {}))
 
 
-_core.SharedTensor.__torch_function__ = classmethod(_torch_function)  # type: ignore[attr-defined]
+_core.SharedTensor.__torch_function__ = classmethod(_torch_function)  # type: ignore[method-assign,assignment]
