@@ -1128,7 +1128,7 @@ bool pin_arena(const SharedTensor& tensor, const std::string& backend, int devic
   const py::gil_scoped_release released;
   const auto attachment = attach(tensor.handle().origin().arena);
   attachment->allow_pinning();
-  return Pinner::instance().pin_now(*attachment, kind, device);
+  return Pinner::pin_now(*attachment, kind, device);
 }
 
 void refuse_pinning(const SharedTensor& tensor) {

@@ -215,7 +215,7 @@ void* DeviceDriver::context(int device) {
   if (device < 0 || device >= kMaxDevices) {
     throw Error(ErrorCode::kDevice, "device " + std::to_string(device) + " is out of range: shmx knows 64 devices");
   }
-  std::atomic_ref<void*> known(contexts_[device]);
+  const std::atomic_ref<void*> known(contexts_[device]);
   // relaxed: the driver orders what is behind the pointer.
   if (void* context = known.load(std::memory_order_relaxed)) return context;
   int handle = 0;

@@ -29,8 +29,8 @@ void InFlight::unlock_in_child() noexcept {
   // The copies are the parent's, and so is the thread; the child has inherited uses that it makes no use of.
   (void)thread_.release();  // NOLINT(bugprone-unused-return-value)
   stop_ = false;
-  std::vector<Copy> copies = std::exchange(copies_, {});
-  std::vector<std::vector<Hold>> kept = std::exchange(kept_, {});
+  const std::vector<Copy> copies = std::exchange(copies_, {});
+  const std::vector<std::vector<Hold>> kept = std::exchange(kept_, {});
   mutex_.unlock();
 }
 

@@ -115,9 +115,9 @@ std::vector<PinnedChunk> register_range(DeviceDriver& driver, int device, std::b
       // Somebody else in this process has registered it: as good as our own, as long as it covers all of it.
       if (code != DriverCode::kAlreadyRegistered || !driver.is_registered(chunk.base, chunk.bytes)) {
         const bool undone = unregister_chunks(chunks, driver.kind(), device);
-        const Error error = driver.failure(driver.register_name(), name, code);
-        if (undone) throw error;
-        throw Error(ErrorCode::kDevice, std::string(error.what()) + "; what was registered before it stays so");
+        std::string message = driver.failure(driver.register_name(), name, code).what();
+        if (!undone) message += "; what was registered before it stays so";
+        throw Error(ErrorCode::kDevice, message);
       }
     }
     PinLedger::instance().note_chunk(chunk, static_cast<std::uint64_t>(spent.count()));

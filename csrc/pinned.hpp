@@ -102,7 +102,7 @@ class Pinner : public ForkParticipant {
   // Registers what an attachment has reserved and not registered, some time soon. Costs nothing if that is under way.
   void want(const std::shared_ptr<Attachment>& attachment, DriverKind kind, int device) noexcept;
   // The same now, in the calling thread; false if SHMX_PIN_BYTES allows no more. Throws Error(kDevice).
-  bool pin_now(Attachment& attachment, DriverKind kind, int device);
+  static bool pin_now(Attachment& attachment, DriverKind kind, int device);
   // Waits until nothing is wanted; for tests and benchmarks.
   void settle();
   // Ends the thread. The next want() begins another one.

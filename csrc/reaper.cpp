@@ -266,7 +266,7 @@ void leave(Attachment& attachment) noexcept {
     if (owner) attachment.control().header().owner_left.store(1, std::memory_order_seq_cst);
     try {
       (void)reap(attachment.control(), 0, Expiry::kTimeToLive);
-    } catch (const std::exception&) {
+    } catch (const std::exception&) {  // NOLINT(bugprone-empty-catch)
       // The arena is left to the next reaper, which may be one of this process: it is no member any more.
     }
     {

@@ -256,20 +256,20 @@ SegmentFile& SegmentFile::operator=(SegmentFile&& other) noexcept {
 
 SegmentFile::~SegmentFile() {
   // The number may belong to somebody else by now; closing it then would be a bug of ours in their code.
-  if (fd_.valid() && !still_ours()) fd_.forget();
+  if (fd_.valid() && why_not_ours() != 0) fd_.forget();
 }
 
-bool SegmentFile::still_ours() const {
+int SegmentFile::why_not_ours() const {
   struct stat facts{};
-  errno = 0;
-  return ::fstat(fd_.get(), &facts) == 0 && FileIdentity{facts.st_dev, facts.st_ino} == identity_;
+  if (::fstat(fd_.get(), &facts) != 0) return errno;
+  return FileIdentity{facts.st_dev, facts.st_ino} == identity_ ? 0 : EBADF;
 }
 
 int SegmentFile::fd() {
   if (fd_.valid()) {
-    if (still_ours()) return fd_.get();
-    // Any other failure says nothing about whose the number is.
-    if (errno != 0 && errno != EBADF) throw system_error("fstat", name_, errno);
+    const int why = why_not_ours();
+    if (why == 0) return fd_.get();
+    if (why != EBADF) throw system_error("fstat", name_, why);
     fd_.forget();
   }
   fd_ = open_anew();
@@ -302,7 +302,7 @@ void SegmentFile::renew() noexcept {
 }
 
 void SegmentFile::close() {
-  if (fd_.valid() && !still_ours()) fd_.forget();
+  if (fd_.valid() && why_not_ours() != 0) fd_.forget();
   fd_.reset();
 }
 

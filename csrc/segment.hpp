@@ -114,8 +114,9 @@ class SegmentFile {
   void renew() noexcept;
 
  private:
-  // False with errno 0: the number leads to another file.
-  [[nodiscard]] bool still_ours() const;
+  // 0: the descriptor leads to this file. EBADF: the number is closed, or leads to another file by now. Any other errno
+  // says why it could not be looked at, and nothing about whose the number is.
+  [[nodiscard]] int why_not_ours() const;
   // What the name or the place leads to, if it is this file.
   [[nodiscard]] UniqueFd open_anew() const;
   std::string name_;
@@ -178,7 +179,7 @@ struct NamedSegments {
 [[nodiscard]] std::vector<NamedSegments> list_arenas();
 
 struct NamelessSegment {
-  ArenaId arena;
+  ArenaId arena{};
   DescriptorPlace place;
 };
 // Arenas without a name that a process of this user has open, each once. A process that ends meanwhile, or may not be
