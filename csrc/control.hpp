@@ -13,7 +13,7 @@ namespace shmx {
 struct ControlOptions {
   std::uint64_t capacity = 0;
   std::uint32_t ttl_ticks = 0;
-  std::optional<gid_t> group;  // whose members may attach, too
+  std::optional<gid_t> group = std::nullopt;  // whose members may attach, too
   Backend backend = Backend::kShm;
 };
 
