@@ -1196,6 +1196,17 @@ bool discard_bytes(const py::buffer& data) {
   return discard(state);
 }
 
+// Without these, copyreg makes a bare pybind11 object of it at protocols 0 and 1, which ends the process.
+template <typename Class>
+void refuse_pickling(Class& bound, const char* remedy) {
+  const auto refuse = [remedy](const py::object& self) -> py::object {
+    const auto name = py::type::of(self).attr("__name__").cast<std::string>();
+    throw py::type_error("cannot pickle '" + name + "' object: " + remedy);
+  };
+  bound.def("__reduce__", refuse);
+  bound.def("__reduce_ex__", [refuse](const py::object& self, int) { return refuse(self); });
+}
+
 }  // namespace
 }  // namespace shmx
 
@@ -1208,8 +1219,9 @@ PYBIND11_MODULE(_core, module) {
   py::register_exception_translator(&translate_errors);
   load_torch();
 
-  py::class_<ReadersContext>(module, "readers", doc::kReaders)
-      .def(py::init<const py::int_&>(), "n"_a)
+  py::class_<ReadersContext> readers(module, "readers", doc::kReaders);
+  refuse_pickling(readers, "pickle inside of it");
+  readers.def(py::init<const py::int_&>(), "n"_a)
       .def("__enter__",
            [](ReadersContext& self) {
              // The object that exists already, not another one.
@@ -1222,6 +1234,7 @@ PYBIND11_MODULE(_core, module) {
 
   py::class_<SharedTensor>(module, "SharedTensor", doc::kSharedTensor)
       .def(py::init(&SharedTensor::from_text), "text"_a, "whole"_a = py::none())
+      .def("__reduce__", &SharedTensor::reduce)
       .def("__reduce_ex__", [](const SharedTensor& self, int) { return self.reduce(); })
       .def("__copy__", &SharedTensor::copy)
       .def("__deepcopy__", [](const SharedTensor& self, const py::object&) { return self.copy(); })
@@ -1267,7 +1280,9 @@ PYBIND11_MODULE(_core, module) {
           "error", &SharedTensor::error,
           "Why there is no data, as the exception that :meth:`view` raises; ``None`` while there is.");
 
-  py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
+  py::class_<Arena, std::shared_ptr<Arena>> arena(module, "Arena");
+  refuse_pickling(arena, "it belongs to its process; share a tensor in it and send the handle");
+  arena
       .def(py::init(&make_arena), py::kw_only(), "capacity"_a = py::none(), "segment_bytes"_a = py::none(),
            "ticket_ttl"_a = py::none(), "reuse_delay"_a = py::none(), "scrub"_a = false, "reserve"_a = py::none(),
            "numa_node"_a = py::none(), "group"_a = py::none(), "backend"_a = py::none())
@@ -1304,7 +1319,9 @@ PYBIND11_MODULE(_core, module) {
   module.def("memory_cgroup_room", &memory_cgroup_room);
   module.def("leave_all", &leave_devices_and_all, py::call_guard<py::gil_scoped_release>());
 
-  py::class_<DeviceCopy>(module, "DeviceCopy")
+  py::class_<DeviceCopy> device_copy(module, "DeviceCopy");
+  refuse_pickling(device_copy, "it is under way in this process");
+  device_copy
       .def(py::init<const py::iterable&, const std::optional<std::string>&, int, std::uintptr_t>(), "handles"_a,
            "backend"_a, "device"_a, "stream"_a)
       .def("groups", &DeviceCopy::groups)

@@ -25,10 +25,11 @@ import torch.distributed as dist
 
 from shmx._core import SharedTensor, readers
 from shmx.arena import discard_blob, empty, note_inline_fallback, share
+from shmx.device import materialize_many
 from shmx.errors import ArenaFullError, InvalidHandleError
 from shmx.pickling import put_together, take_apart
 
-__all__ = ["agree", "broadcast_object_list"]
+__all__ = ["agree", "broadcast_object_list", "fan_out"]
 
 # The first message of a broadcast is as long as this, whatever is in it: receivers cannot know better. The handles of
 # about 60 tensors fit.
@@ -89,9 +90,7 @@ def broadcast_object_list(
     """
     if on_error not in ("raise", "return"):
         raise ValueError(f"on_error={on_error!r} is neither 'raise' nor 'return'")
-    group = group if group is not None else dist.group.WORLD
-    if group is None:
-        raise ValueError("torch.distributed is not initialized; call init_process_group first")
+    group = _group(group)
     if src is not None and group_src is not None:
         raise ValueError("give src, a global rank, or group_src, a rank in the group, not both")
     rank = dist.get_rank(group)
@@ -138,14 +137,91 @@ def agree(
     list of bool
         For each request whether it has failed on any rank of the group.
     """
-    group = group if group is not None else dist.group.WORLD
+    group = _group(group)
     mask = torch.tensor([bool(one) for one in failed], dtype=torch.int32, device=_device(group, device))
     if mask.numel():
         dist.all_reduce(mask, op=dist.ReduceOp.MAX, group=group)
     return [one != 0 for one in mask.tolist()]
 
 
+def fan_out(
+    handles: Sequence[SharedTensor],
+    device: torch.device | str | int,
+    group: dist.ProcessGroup | None = None,
+) -> list[torch.Tensor]:
+    """Copy shared tensors to one device and broadcast them from there to those of the other ranks.
+
+    One transfer over the link between host and devices, whatever the number of ranks; the rest goes through the
+    process group. By itself every rank copies over its own link, which is faster where the links are many and the
+    ranks that want the same tensors few.
+
+    Parameters
+    ----------
+    handles
+        The same tensors in the same order on every rank. On all ranks but the first they need not have data: what the
+        first rank has is received.
+    device
+        Where to put the tensors of this rank; the backend of the group for it is used.
+    group
+        The process group; the default group if not given. All its ranks must call.
+
+    Returns
+    -------
+    list of torch.Tensor
+        Contiguous tensors on ``device`` that the caller owns, in the order of ``handles``. They may be used on the
+        current stream at once.
+
+    Raises
+    ------
+    DeviceError, StaleHandleError, SegmentLostError, ReleasedError, InvalidHandleError
+        Why this rank has no tensors. When any rank cannot take part, all ranks copy for themselves, so that no rank
+        waits for another one, and only those raise that cannot do that either.
+    ValueError
+        This rank is not in the group.
+    RuntimeError
+        A rank is gone, from torch.distributed.
+
+    Notes
+    -----
+    Before the broadcast the ranks agree that each of them can take part. Where the group has a CPU backend beside that
+    of the device (``"cpu:gloo,cuda:nccl"``) they do so without waiting for the device.
+    """
+    group = _group(group)
+    if dist.get_rank(group) < 0:
+        raise ValueError("this rank is not in the group; let only its ranks call")
+    leads = dist.get_rank(group) == 0
+    tensors: list[torch.Tensor] = []
+    failure: Exception | None = None
+    try:
+        tensors = materialize_many(handles, device) if leads else _room_for(handles, device)
+    except Exception as error:
+        failure = error
+    if any(agree([failure is not None], group)):
+        if failure is not None:
+            raise failure
+        return tensors if leads else materialize_many(handles, device)
+    works = [
+        dist.broadcast(_bytes_of(tensor), group_src=0, group=group, async_op=True)
+        for tensor in tensors
+        if tensor.nbytes
+    ]
+    for work in works:
+        work.wait()
+    return tensors
+
+
+def _room_for(handles: Sequence[SharedTensor], device: torch.device | str | int) -> list[torch.Tensor]:
+    return [torch.empty(handle.shape, dtype=handle.dtype, device=device) for handle in handles]
+
+
 # ---- groups ----
+
+
+def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    group = group if group is not None else dist.group.WORLD
+    if group is None:
+        raise ValueError("torch.distributed is not initialized; call init_process_group first")
+    return group
 
 
 @dataclass(frozen=True)
@@ -264,7 +340,7 @@ def _tensor_of(content: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def _device(group: dist.ProcessGroup | None, device: torch.device | str | None) -> torch.device:
+def _device(group: dist.ProcessGroup, device: torch.device | str | None) -> torch.device:
     if device is not None:
         return torch.device(device)
     # "cpu:gloo,cuda:nccl", or the name of a backend.

@@ -9,7 +9,7 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, overload
 
 import torch
 
@@ -17,10 +17,13 @@ from shmx import _core
 from shmx.arena import Arena, default_arena, discard_blob, note_inline_fallback
 from shmx.array import SharedArray, storable_array
 from shmx.config import default_min_bytes
+from shmx.device import materialize_many
 from shmx.errors import ArenaFullError
 from shmx.walk import Graph, Kinds
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from shmx._core import SharedTensor
 
 __all__ = ["discard", "has_shared", "unwrap", "wrap"]
@@ -150,6 +153,8 @@ def unwrap(
     device: torch.device | str | int | None = ...,
     on_error: Literal["raise"] = ...,
     lazy: bool = ...,
+    fanout: Literal["direct", "broadcast"] = ...,
+    group: dist.ProcessGroup | None = ...,
 ) -> _T: ...
 
 
@@ -160,6 +165,8 @@ def unwrap(
     device: torch.device | str | int | None = ...,
     on_error: Literal["return"],
     lazy: bool = ...,
+    fanout: Literal["direct", "broadcast"] = ...,
+    group: dist.ProcessGroup | None = ...,
 ) -> tuple[_T, list[Exception | None]]: ...
 
 
@@ -169,6 +176,8 @@ def unwrap(
     device: torch.device | str | int | None = None,
     on_error: Literal["raise", "return"] = "raise",
     lazy: bool = False,
+    fanout: Literal["direct", "broadcast"] = "direct",
+    group: dist.ProcessGroup | None = None,
 ) -> Any:
     """Put tensors that the caller owns in the places of the handles inside an object; the inverse of :func:`wrap`.
 
@@ -179,7 +188,8 @@ def unwrap(
     obj
         What :func:`wrap` returned, here or in another process of this host; or a list of such requests.
     device
-        Where to put the tensors; by default the CPU. Arrays always come back as arrays.
+        Where to put the tensors; by default the CPU. The tensors of one request go there in one submission, as by
+        :func:`shmx.device.materialize_many`. Arrays always come back as arrays.
     on_error
         ``"raise"``: a tensor without data raises its reason, and the object stays as it was, so that nothing is lost.
         ``"return"``: return ``(obj, errors)`` with the error or None of each request; a request that failed keeps its
@@ -188,6 +198,10 @@ def unwrap(
     lazy
         Copy nothing yet: the handles stay, each holding its data, until they are given to a torch function, which gets
         the tensor (on ``device``).
+    fanout, group
+        ``"direct"``: every rank copies from shared memory to its own device. ``"broadcast"``: the first rank of
+        ``group`` (by default all ranks) does, and the others receive from its device through torch.distributed; see
+        :func:`shmx.distributed.fan_out`. All ranks of the group call with the same object.
 
     Returns
     -------
@@ -198,27 +212,30 @@ def unwrap(
     ------
     StaleHandleError, SegmentLostError, ForeignHostError, ReleasedError, InvalidHandleError, TooManyPeersError
         Why a tensor has no data, unless ``on_error="return"``.
+    DeviceError
+        The device failed.
     ValueError
-        ``on_error`` is neither.
+        ``on_error`` or ``fanout`` is neither of the two; a broadcast without a device, or with ``lazy``.
     """
     if on_error not in ("raise", "return"):
         raise ValueError(f"on_error is 'raise' or 'return', not {on_error!r}")
+    put = _put_by(device, lazy, fanout, group)
     graph = Graph(obj, _SHARED)
     owned: dict[int, Any] = {}
     if on_error == "raise":
-        if error := _own(graph.leaves, owned, device, lazy):
+        if error := _own(graph.leaves, owned, put):
             raise error
         return graph.replaced(owned)
     errors: list[Exception | None] = []
     failed: set[int] = set()
     for request in _requests(obj):
         leaves = Graph(request, _SHARED).leaves
-        errors.append(_own(leaves, owned, device, lazy))
+        errors.append(_own(leaves, owned, put))
         if errors[-1] is not None:
             failed.update(map(id, leaves))
     rest = [leaf for leaf in graph.leaves if id(leaf) not in failed]
     # What belongs to none of the requests belongs to all of them.
-    if error := _own(rest, owned, device, lazy):
+    if error := _own(rest, owned, put):
         errors = [one or error for one in errors]
     return graph.replaced(owned), errors
 
@@ -230,26 +247,60 @@ def _requests(obj: Any) -> Iterable[Any]:
     return (obj,)
 
 
-def _own(
-    leaves: Sequence[SharedTensor | SharedArray],
-    owned: dict[int, Any],
-    device: torch.device | str | int | None,
-    lazy: bool,
-) -> Exception | None:
-    """Add to `owned` what stands for each handle; all of them, or none and the reason."""
+# What is to be in the places of handles, by their ids; those that are to stay are not in it.
+_Put: TypeAlias = "Callable[[Sequence[SharedTensor | SharedArray]], dict[int, Any]]"
+
+
+def _put_by(device: torch.device | str | int | None, lazy: bool, fanout: str, group: dist.ProcessGroup | None) -> _Put:
+    if fanout not in ("direct", "broadcast"):
+        raise ValueError(f"fanout is 'direct' or 'broadcast', not {fanout!r}")
+    if fanout == "broadcast":
+        if device is None or lazy:
+            raise ValueError("fanout='broadcast' copies to devices, and at once: give device=, and leave out lazy=")
+        # Only now: not every torch has torch.distributed.
+        from shmx.distributed import fan_out
+
+        return functools.partial(_put, functools.partial(fan_out, device=device, group=group))
+    if lazy:
+        return functools.partial(_leave, device)
+    return functools.partial(_put, functools.partial(_copy, device))
+
+
+def _check(leaves: Iterable[SharedTensor | SharedArray]) -> None:
     for leaf in leaves:
         if (error := leaf.error) is not None:
-            return error
-    new: dict[int, Any] = {}
+            raise error
+
+
+def _copy(device: torch.device | str | int | None, handles: Sequence[SharedTensor]) -> Sequence[torch.Tensor]:
+    _check(handles)
+    return materialize_many(handles, "cpu" if device is None else device)
+
+
+def _put(
+    copy: Callable[[Sequence[SharedTensor]], Sequence[torch.Tensor]], leaves: Sequence[SharedTensor | SharedArray]
+) -> dict[int, Any]:
+    handles = [leaf for leaf in leaves if isinstance(leaf, _core.SharedTensor)]
+    arrays = [leaf for leaf in leaves if isinstance(leaf, SharedArray)]
+    placed: dict[int, Any] = dict(zip(map(id, handles), copy(handles), strict=True))
+    _check(arrays)
+    placed.update((id(leaf), leaf.materialize()) for leaf in arrays)
+    return placed
+
+
+def _leave(device: torch.device | str | int | None, leaves: Sequence[SharedTensor | SharedArray]) -> dict[int, Any]:
+    _check(leaves)
+    if device is not None:
+        _devices.update((leaf, device) for leaf in leaves if isinstance(leaf, _core.SharedTensor))
+    return {}
+
+
+def _own(leaves: Sequence[SharedTensor | SharedArray], owned: dict[int, Any], put: _Put) -> Exception | None:
+    """Add to `owned` what stands for each handle; all of them, or none and the reason."""
     try:
-        for leaf in leaves:
-            if lazy:
-                defer(leaf, device)
-            elif id(leaf) not in owned:
-                new[id(leaf)] = leaf.materialize(device)
+        owned.update(put([leaf for leaf in leaves if id(leaf) not in owned]))
     except Exception as error:
         return error
-    owned.update(new)
     return None
 
 
@@ -290,12 +341,6 @@ def has_shared(obj: Any) -> bool:
 
 _devices: weakref.WeakKeyDictionary[SharedTensor, torch.device | str | int | None] = weakref.WeakKeyDictionary()
 _deferred: weakref.WeakKeyDictionary[SharedTensor, torch.Tensor] = weakref.WeakKeyDictionary()
-
-
-def defer(leaf: SharedTensor | SharedArray, device: torch.device | str | int | None) -> None:
-    """Remember where a handle's tensor is to be, when it is asked for."""
-    if device is not None and isinstance(leaf, _core.SharedTensor):
-        _devices[leaf] = device
 
 
 def _materialized(handle: SharedTensor) -> torch.Tensor:

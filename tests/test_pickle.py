@@ -71,6 +71,13 @@ def test_every_protocol_gives_the_same_block(protocol):
     assert messages() == 0
 
 
+def test_what_reduce_gives_makes_the_handle_again():
+    handle = shmx.share(torch.arange(5))
+    for function, arguments in (handle.__reduce__(), handle.__reduce_ex__(0)):
+        assert block_of(function(*arguments)) == block_of(handle)
+    assert messages() == 0
+
+
 def test_cloudpickle_gives_the_same_block():
     handle = shmx.share(torch.arange(5))
     with shmx.readers(2):
@@ -476,6 +483,20 @@ def test_one_handle_without_data_does_not_spoil_the_pickle_of_others():
     assert torch.equal(loaded[0].view(), torch.arange(5))
     assert loaded[0] is loaded[2]
     assert isinstance(loaded[1].error, shmx.ReleasedError)
+
+
+# ---- what belongs to its process
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("cls", [shmx.Arena, shmx.readers])
+def test_what_is_no_message_says_so_when_it_is_pickled(cls, protocol):
+    with shmx.Arena(capacity=1 << 20) if cls is shmx.Arena else shmx.readers(2) as thing:
+        for pickled in (lambda: pickle.dumps(thing, protocol), lambda: thing.__reduce_ex__(protocol), thing.__reduce__):
+            with pytest.raises(
+                TypeError, match=f"cannot pickle '{cls.__name__}' object: .*(pickle inside|send the handle)"
+            ):
+                pickled()
 
 
 # ---- messages that will not be sent
