@@ -13,7 +13,12 @@ namespace {
 std::string with(unsigned char mode, const std::string& rest) { return std::string(1, static_cast<char>(mode)) + rest; }
 
 std::vector<std::string> handles() {
-  HandleState state{1, ArenaId{0x0102030405060708}, BlockIndex{300}, Generation{70000}, MessageId{9, 123456}, {}, {}};
+  HandleState state;
+  state.host = 1;
+  state.arena = ArenaId{0x0102030405060708};
+  state.block = BlockIndex{300};
+  state.generation = Generation{70000};
+  state.message = MessageId{9, 123456};
   std::vector<std::string> seeds;
   for (const TensorMeta& meta :
        {TensorMeta{Dtype{0}, 0, {}, {}}, TensorMeta{Dtype{1}, 64, {3, 224, 224}, {}},
@@ -29,6 +34,7 @@ std::vector<std::string> handles() {
     const std::string body = part.substr(0, part.size() - 4);
     seeds.insert(seeds.end(), {with(2, part), with(3, body), with(4, to_text(part)), with(5, body)});
     state.message.reset();
+    state.place = state.place.none() ? DescriptorPlace{4711, 9} : DescriptorPlace{};
   }
   return seeds;
 }
