@@ -708,8 +708,19 @@ std::optional<SharedTensor> share_in_place(Arena& arena, const Source& source) {
   return SharedTensor(Handle(std::move(placed), std::move(located->hold)));
 }
 
-// Writes the elements of sources into one block, contiguous each, and answers what each looks like there.
-TensorMeta fill(const Allocation& block, const Source& source, std::uint64_t offset, std::size_t together) {
+// Tensors on devices, each after the one in the arena that it is to be copied into.
+using FromDevices = std::vector<std::pair<py::object, py::object>>;
+
+// Returns when all are there; one wait for each device.
+void copy_from_devices(const FromDevices& copies) {
+  if (copies.empty()) return;
+  py::module_::import("shmx.device").attr("fill_from_devices")(py::cast(copies));
+}
+
+// Writes the elements of a source into a block, contiguous, and answers what it looks like there. From a device it is
+// only noted what is to be copied.
+TensorMeta fill(const Allocation& block, const Source& source, std::uint64_t offset, std::size_t together,
+                FromDevices& from_devices) {
   TensorMeta stored = source.meta;
   stored.strides.clear();
   stored.offset = offset;
@@ -722,7 +733,7 @@ TensorMeta fill(const Allocation& block, const Source& source, std::uint64_t off
       // Any layout: torch copies into a tensor that lives in the arena.
       target.attr("copy_")(source.tensor.attr("detach")());
     } else {
-      py::module_::import("shmx.device").attr("fill_from_device")(target, source.tensor.attr("detach")());
+      from_devices.emplace_back(target, source.tensor.attr("detach")());
     }
   }
   return stored;
@@ -732,11 +743,13 @@ SharedTensor share_tensor(Arena& arena, const Source& source, Wait wait) {
   if (auto shared = share_in_place(arena, source)) return std::move(*shared);
   Allocation allocation = allocate(arena, source.bytes, wait);
   TensorMeta stored;
+  FromDevices from_devices;
   {
     std::optional<py::gil_scoped_release> released;
     if (source.bytes > kCopyWithoutGil) released.emplace();
-    stored = fill(allocation, source, 0, source.bytes);
+    stored = fill(allocation, source, 0, source.bytes, from_devices);
   }
+  copy_from_devices(from_devices);
   return SharedTensor(Handle(std::move(stored), std::move(allocation.hold)));
 }
 
@@ -805,6 +818,7 @@ std::vector<SharedTensor> arena_share_many(Arena& arena, const py::iterable& ten
   }
   Allocation allocation = allocate(arena, total, {timeout});
   std::vector<TensorMeta> stored(sources.size());
+  FromDevices from_devices;
   {
     std::optional<py::gil_scoped_release> released;
     if (total > kCopyWithoutGil) released.emplace();
@@ -813,10 +827,11 @@ std::vector<SharedTensor> arena_share_many(Arena& arena, const py::iterable& ten
       if (in_place[i]) continue;
       // The handle of the whole reaches what lies between the parts.
       std::memset(allocation.data + end, 0, offsets[i] - end);
-      stored[i] = fill(allocation, sources[i], offsets[i], total);
+      stored[i] = fill(allocation, sources[i], offsets[i], total, from_devices);
       end = offsets[i] + sources[i].bytes;
     }
   }
+  copy_from_devices(from_devices);
   const TensorMeta all{kBytesDtype, 0, {static_cast<std::int64_t>(total)}, {}};
   const py::object whole = py::cast(bound(SharedTensor(Handle(all, allocation.hold.share()))));
   for (std::size_t i = 0; i < sources.size(); ++i) {

@@ -14,6 +14,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,34 +146,47 @@ def materialize_into(handle: SharedTensor, destination: torch.Tensor) -> torch.T
     return destination
 
 
-def fill_from_device(destination: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy a tensor on a device into ``destination``, which lies in an arena of this process; complete on return.
+def fill_from_devices(copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy tensors on devices into others that lie in an arena of this process; complete on return.
 
-    By one transfer straight into the shared pages where they are locked.
+    Each is a pair of destination and source. By one transfer straight into the shared pages where they are locked, and
+    with one wait for all that come from one device.
     """
-    device = source.device
+    by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for destination, source in copies:
+        by_device.setdefault(source.device, []).append((destination, source))
+    for device, of_device in by_device.items():
+        _fill_from(device, of_device)
+
+
+def _fill_from(device: torch.device, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     stream = _current_stream(device)
     backend = DRIVERS.get(device.type)
     if stream is None or backend is None:
-        destination.copy_(source)
+        for destination, source in copies:
+            destination.copy_(source)
         return
     _warn()
-    cuts = _core.registered_cuts(destination.data_ptr(), destination.nbytes, backend, device.index or 0)
+    kept = []
     try:
         with torch.no_grad(), stream:
-            if cuts is None:
-                # Not straight: the driver refuses a copy that spans what is locked and what is not, and the
-                # background may be locking the pages at this moment.
-                destination.copy_(source.cpu())
-                return
-            plain = source.resolve_conj().resolve_neg().contiguous()
-            for into, part in zip(_pieces(destination, cuts), _pieces(plain, cuts), strict=True):
-                into.copy_(part, non_blocking=True)
-            stream.synchronize()
+            for destination, source in copies:
+                cuts = _core.registered_cuts(destination.data_ptr(), destination.nbytes, backend, device.index or 0)
+                if cuts is None:
+                    # Not straight: the driver refuses a copy that spans what is locked and what is not, and the
+                    # background may be locking the pages at this moment.
+                    destination.copy_(source.cpu())
+                    continue
+                plain = source.resolve_conj().resolve_neg().contiguous()
+                kept.append(plain)
+                for into, part in zip(_pieces(destination, cuts), _pieces(plain, cuts), strict=True):
+                    into.copy_(part, non_blocking=True)
+            if kept:
+                stream.synchronize()
     except RuntimeError as error:
         text = f"{device} could not copy into shared memory: {error}"
         if not _is_idle(stream):
-            _lost.append(destination)
+            _lost.extend(destination for destination, _ in copies)
             text += "; the block stays in use, as the device may write to it yet: restart this process"
         raise DeviceError(text) from error
 
@@ -226,6 +240,7 @@ class StagingRing:
         self._device = device
         self._chunk = chunk_bytes
         self._threads = threads
+        self._helpers = ThreadPoolExecutor(threads - 1, "shmx-staging") if threads > 1 else None
         self._lock = threading.Lock()
         self._next = 0
         self._done: list[torch.Event | None] = [None] * depth
@@ -258,12 +273,10 @@ class StagingRing:
         def fill(start: int, nbytes: int) -> None:
             _core.copy(buffer.data_ptr() + start, part.data_ptr() + start, nbytes)
 
-        helpers = [threading.Thread(target=fill, args=span) for span in spans[1:]]
-        for helper in helpers:
-            helper.start()
+        helping = [self._helpers.submit(fill, *span) for span in spans[1:]] if self._helpers else []
         fill(*spans[0])
-        for helper in helpers:
-            helper.join()
+        for one in helping:
+            one.result()
 
 
 _rings: dict[torch.device, StagingRing | None] = {}
@@ -352,7 +365,7 @@ def _transfer(
                 continue
             ring = _ring(whole.device) if nbytes >= _FEWEST_STAGED else None
             if ring is None:
-                # As in fill_from_device: memory of its own, where pages may be about to be locked.
+                # As in _fill_from: memory of its own, where pages may be about to be locked.
                 _as_bytes(whole).copy_(source.clone() if whole.device.type in DRIVERS else source)
             else:
                 ring.copy(_as_bytes(whole), source, stream)

@@ -249,6 +249,15 @@ def test_a_device_tensor_is_published_by_one_transfer_into_locked_pages(gpu: Fak
         assert is_pattern(handle.view(), 5)
 
 
+def test_device_tensors_that_are_published_together_are_waited_for_once(gpu: FakeDriver) -> None:
+    with locked_arena() as arena:
+        sent = [pattern(seed, BLOCK // 8).to(FAKE if seed else "cpu") for seed in range(5)]
+        gpu.forget_calls()
+        handles = arena.share_many(sent)
+        assert gpu.count("MemcpyDtoHAsync") == 4 and gpu.log().count("StreamSynchronize") == 1
+        assert all(is_pattern(handle.view(), seed) for seed, handle in enumerate(handles))
+
+
 @pytest.mark.parametrize("locked", [True, False])
 def test_a_strided_device_tensor_is_published_contiguous(gpu: FakeDriver, locked: bool) -> None:
     with locked_arena() if locked else small_arena() as arena:

@@ -38,6 +38,7 @@ ROUNDS = 20
 BATCH = 32
 STAGING = tuple((chunk << 20, threads) for chunk in (1, 4, 16) for threads in (1, 2, 4))
 QUICK_STAGING = ((1 << 20, 1), (1 << 20, 2))
+_WAYS = 8  # beside the staging rings
 _BOUND_S = 1800.0
 _ROOT = Path(__file__).parents[2]
 
@@ -59,11 +60,10 @@ def measure(options: Options) -> Report:
     staging = QUICK_STAGING if options.quick or not real else STAGING
     try:
         report.tables = _in_processes(1, _copy_all, sizes, rounds, staging)[0]
-        fan_out = Table("host to device, all processes together", "GB/s")
+        fan_out = Table("host to device from one block, all processes together", "GB/s")
         processes = options.consumers or (PROCESSES if real and not options.quick else (1, 2))
         for count in processes:
-            rates = _in_processes(count, _copy_beside_others, max(sizes), rounds)
-            for together in zip(*rates, strict=True):
+            for together in zip(*_fan_out(count, max(sizes), rounds), strict=True):
                 fan_out.add(size_text(max(sizes)), str(count), sum(together))
         report.tables.append(fan_out)
     except _NoDeviceError as error:
@@ -72,12 +72,14 @@ def measure(options: Options) -> Report:
     if real:
         _judge(report, sizes)
         return report
-    ways = sorted({row for table in report.tables for row in table.samples})
+    ways = sorted(report.tables[0].samples)
     report.tables = []
-    report.checks.append(Check("ways that delivered the right bytes on the fake device", len(ways), "all", True))
+    asked = _WAYS + len(staging)
+    found = Check("ways that delivered the right bytes on the fake device", len(ways), str(asked), len(ways) == asked)
+    report.checks.append(found)
     report.notes.append(
         "There is no GPU here (torch.cuda.is_available() is false), so there are no figures: the fake device copies "
-        f"with the processor. It ran {', '.join(ways)}."
+        f"with the processor. The right bytes arrived by each of: {', '.join(ways)}."
     )
     return report
 
@@ -102,6 +104,13 @@ def _judge(report: Report, sizes: Sequence[int]) -> None:
         report.notes.append(f"Locking {column} pays after {copies:.1f} copies instead of pageable ones.")
 
 
+def _fan_out(count: int, size: int, rounds: int) -> list[list[float]]:
+    """GB/s of each process in each round, while all copy the same block at once, each to its own device."""
+    with shmx.Arena(capacity=size + (64 << 20), segment_bytes=size + (64 << 20)) as arena:
+        handle = arena.share(torch.randint(0, 255, (size,), dtype=torch.uint8))
+        return _in_processes(count, _copy_beside_others, handle.to_bytes(readers=count), size, rounds)
+
+
 # ---- processes ----
 
 
@@ -113,9 +122,9 @@ def _in_processes(count: int, target: Callable[..., Any], *arguments: Any) -> li
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(count)
     started = []
-    for _ in range(count):
+    for number in range(count):
         near, far = context.Pipe()
-        process = context.Process(target=_enter, args=(far, barrier, target, arguments))
+        process = context.Process(target=_enter, args=(far, number, barrier, target, arguments))
         process.start()
         far.close()
         started.append((process, near))
@@ -142,19 +151,22 @@ def _in_processes(count: int, target: Callable[..., Any], *arguments: Any) -> li
     return answers
 
 
-def _enter(connection: Connection[Any, Any], barrier: Any, target: Callable[..., Any], arguments: Any) -> None:
+def _enter(
+    connection: Connection[Any, Any], number: int, barrier: Any, target: Callable[..., Any], arguments: Any
+) -> None:
     try:
-        connection.send(("answer", target(_device(), barrier, *arguments)))
+        connection.send(("answer", target(_device(number), barrier, *arguments)))
     except _NoDeviceError as error:
         connection.send(("no device", str(error)))
+        barrier.abort()
     except BaseException:
         connection.send(("error", traceback.format_exc()))
-    barrier.abort()
+        barrier.abort()  # nobody waits for this one
 
 
-def _device() -> torch.device:
+def _device(number: int) -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda", 0)
+        return torch.device("cuda", number % torch.cuda.device_count())
     sys.path.insert(0, str(_ROOT))
     fake = importlib.import_module("tests.fakegpu")
     try:
@@ -176,10 +188,14 @@ def _copy_all(
     overlap = Table("a matrix product on another stream", "us")
     for size in sizes:
         source = torch.randint(0, 255, (size,), dtype=torch.uint8)
-        with shmx.Arena(capacity=size + (64 << 20), segment_bytes=size + (64 << 20)) as arena:
-            handle = arena.share(source)
+        # The second one holds a single message: a segment of its own, registered for each.
+        with (
+            shmx.Arena(capacity=size + (64 << 20), segment_bytes=size + (64 << 20)) as arena,
+            shmx.Arena(capacity=size, segment_bytes=size) as own,
+        ):
+            handle, single = arena.share(source), own.share(source)
             _lock(handle, device, locking, arena)
-            ways = _ways(device, source, handle, staging)
+            ways = _ways(device, source, handle, single, staging)
             for way in ways.values():
                 _same(way(), source)
             for number in range(rounds):
@@ -198,7 +214,7 @@ def _copy_all(
             for way in batch.values():
                 _same(way(), source)
             _overlap(overlap, device, handle, size, rounds)
-            del parts, batch, handle, ways
+            del parts, batch, handle, single, ways
             _settle(device)
     return [host, on_device, locking, overlap]
 
@@ -227,17 +243,22 @@ def _lock(handle: shmx.SharedTensor, device: torch.device, table: Table, arena: 
 
 
 def _ways(
-    device: torch.device, source: torch.Tensor, handle: shmx.SharedTensor, staging: Sequence[tuple[int, int]]
+    device: torch.device,
+    source: torch.Tensor,
+    handle: shmx.SharedTensor,
+    single: shmx.SharedTensor,
+    staging: Sequence[tuple[int, int]],
 ) -> dict[str, Way]:
     private = source.clone()
     pinned = source.pin_memory()
     backend = devices.DRIVERS[torch.zeros(0, device=device).device.type]
 
     def registered_for_it() -> torch.Tensor:
+        _core.pin(single, backend, device.index)
+        arrived = single.materialize(device, non_blocking=False)
         _settle(device)
-        _core.unpin(handle)
-        _core.pin(handle, backend, 0)
-        return handle.materialize(device, non_blocking=False)
+        _core.unpin(single)
+        return arrived
 
     ways: dict[str, Way] = {
         PAGEABLE: lambda: private.to(device),
@@ -291,20 +312,18 @@ def _overlap(table: Table, device: torch.device, handle: shmx.SharedTensor, size
         table.add("beside a copy from shared memory", size_text(size), _time(multiply_beside_a_copy, device)[1])
 
 
-def _copy_beside_others(device: torch.device, barrier: Any, size: int, rounds: int) -> list[float]:
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8)
+def _copy_beside_others(device: torch.device, barrier: Any, blob: bytes, size: int, rounds: int) -> list[float]:
+    handle = shmx.SharedTensor.from_bytes(blob)
+    shmx.attach(handle, pin="require", device=device)
+    _same(handle.materialize(device), handle.view())
     rates = []
-    with shmx.Arena(capacity=size + (64 << 20), segment_bytes=size + (64 << 20)) as arena:
-        handle = arena.share(source)
-        shmx.attach(handle, pin="require", device=device)
-        _same(handle.materialize(device), source)
-        for _ in range(rounds):
-            barrier.wait()
-            start = time.perf_counter()
-            handle.materialize(device, non_blocking=False)
-            rates.append(size / (time.perf_counter() - start) / 1e9)
-        handle.release()
-        _settle(device)
+    for _ in range(rounds):
+        barrier.wait()
+        start = time.perf_counter()
+        handle.materialize(device, non_blocking=False)
+        rates.append(size / (time.perf_counter() - start) / 1e9)
+    handle.release()
+    _settle(device)
     return rates
 
 
