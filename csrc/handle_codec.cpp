@@ -1,5 +1,6 @@
 #include "handle_codec.hpp"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 
@@ -103,13 +104,16 @@ class Reader {
 };
 
 void check_extents(const TensorMeta& meta) {
-  // With a zero among the sizes there are no bytes, and the other sizes may be anything that a tensor can have.
-  for (const std::int64_t size : meta.shape) {
-    if (size == 0) return;
-  }
+  // With a zero among the sizes there are no bytes, and the other sizes may be anything that a tensor can have: torch
+  // multiplies them in order for the elements, and from the last to the second, zeros as ones, for the strides.
+  const bool empty = std::find(meta.shape.begin(), meta.shape.end(), 0) != meta.shape.end();
   std::uint64_t elements = 1;
-  for (const std::int64_t size : meta.shape) {
-    if (__builtin_mul_overflow(elements, static_cast<std::uint64_t>(size), &elements) || elements > kLargestBytes) {
+  std::int64_t stride = 1;
+  for (std::size_t i = 0; i < meta.shape.size(); ++i) {
+    const std::int64_t size = meta.shape[i];
+    if (__builtin_mul_overflow(elements, static_cast<std::uint64_t>(size), &elements) ||
+        (i > 0 && __builtin_mul_overflow(stride, std::max<std::int64_t>(size, 1), &stride)) ||
+        (!empty && elements > kLargestBytes)) {
       throw invalid("its shape is out of range");
     }
   }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import warnings
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from shmx import _core, device
 from tests import fakegpu
 from tests.children import Children
 from tests.fakegpu import FakeDriver
+from tests.forkserver import preloaded
 from tests.patterns import is_pattern, pattern, press, small_arena
 
 FAKE = torch.device("privateuseone", 0)
@@ -37,6 +39,12 @@ CALLS = (
     "EventQuery",
     "EventDestroy",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    with preloaded("tests.test_device_failures"):
+        yield
 
 
 def whole_life() -> None:
@@ -68,7 +76,15 @@ def clean_up(gpu: FakeDriver, before: set[int]) -> int:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_that_fails_once_leaves_a_right_result_or_a_clear_error(gpu: FakeDriver, name: str) -> None:
+def test_a_call_that_fails_once_leaves_a_right_result_or_a_clear_error(
+    fake_libraries: tuple[Path, Path], children: Children, name: str
+) -> None:
+    # In a process of its own: what cannot be unregistered stays mapped.
+    children.start(fail_once, *map(str, fake_libraries), name, method="forkserver").result()
+
+
+def fail_once(connection: Connection, driver: str, library: str, name: str) -> None:
+    gpu = fakegpu.use(Path(driver), Path(library))
     before = {start for start, _, _ in gpu.registrations()}
     whole_life()
     clean_up(gpu, before)

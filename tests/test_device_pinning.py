@@ -219,7 +219,12 @@ def test_another_registration_of_a_part_is_not_used(gpu: FakeDriver) -> None:
         assert undo() == 0
 
 
-def test_memory_that_cannot_be_unregistered_stays_mapped(gpu: FakeDriver) -> None:
+def test_memory_that_cannot_be_unregistered_stays_mapped(fake_libraries: tuple[Path, Path], children: Children) -> None:
+    children.start(fail_to_unregister, *map(str, fake_libraries)).result()
+
+
+def fail_to_unregister(connection: Connection, driver: str, device: str) -> None:
+    gpu = fakegpu.use(Path(driver), Path(device))
     with small_arena() as arena:
         handle = arena.share(pattern(1))
         lock_now(handle)
@@ -232,7 +237,7 @@ def test_memory_that_cannot_be_unregistered_stays_mapped(gpu: FakeDriver) -> Non
         assert any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
         assert pinned()["quarantined_bytes"] == 16 * BLOCK
         assert "HostUnregister" in str(pinned()["reason"])
-    _core.take_pin_warning()
+    torch.empty(1, device=FAKE)  # makes a context current
     assert gpu.library.cuMemHostUnregister(ctypes.c_void_p(address)) == 0
 
 

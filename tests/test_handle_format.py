@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import os
 import pickle
 import random
@@ -558,6 +559,26 @@ def mutated_fields(generator: random.Random, good: list[bytes]) -> bytes:
             case _:
                 fields.arena ^= generator.choice((0, 1, 1 << 63))
     return fields.to_bytes()
+
+
+def test_a_shape_without_elements_is_taken_as_torch_takes_it():
+    """Its other sizes may be large, as long as torch can multiply them."""
+    with shmx.share(torch.zeros(4, dtype=torch.uint8)) as handle:
+        fields = parse(handle.to_bytes(readers=0))
+        refused = 0
+        for shape in itertools.product((0, 1, 3, 1 << 31, 1 << 32, 1 << 47, 1 << 62, (1 << 63) - 1), repeat=3):
+            if 0 not in shape:
+                continue
+            fields.shape = shape
+            try:
+                torch.empty(shape, dtype=torch.uint8)
+            except RuntimeError:
+                refused += 1
+                with pytest.raises(shmx.InvalidHandleError):
+                    shmx.SharedTensor.from_bytes(fields.to_bytes())
+            else:
+                assert shmx.SharedTensor.from_bytes(fields.to_bytes()).view().shape == shape
+        assert refused > 10
 
 
 def load_mutations(connection: Connection, seed: int, count: int) -> dict[str, int]:

@@ -328,6 +328,10 @@ TEST_CASE("hostile values with a right checksum are refused") {
     CHECK(refused(Fields{}.with_shape({(std::uint64_t{1} << 48) + 1})));
     CHECK(refused(Fields{}.with_shape({UINT64_MAX})));
     CHECK(refused(Fields{}.with_shape({std::uint64_t{1} << 63})));
+    // Torch multiplies before it comes to the zero.
+    CHECK(refused(Fields{}.with_shape({k32, k32, 0})));
+    CHECK(refused(Fields{}.with_shape({0, k32, k32})));
+    CHECK_FALSE(refused(Fields{}.with_shape({0, k32})));
     // 16 bytes an element: the elements fit, their bytes do not.
     CHECK(refused(Fields{.dtype = 14}.with_shape({std::uint64_t{1} << 45})));
   }
