@@ -26,6 +26,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -194,17 +195,20 @@ class Processes:
 
     def __enter__(self) -> Processes:
         """Start the processes."""
-        # Children that ignore SIGINT from their first instruction leave ctrl-C to the parent, which ends them.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Its start would let SIGINT through again.
+        resource_tracker.ensure_running()
         try:
-            self._start("the producer", _produce)
-            for rank in range(self.plan.ranks):
-                self._start(f"rank {rank}", _serve_rank, rank)
+            # Children inherit that SIGINT waits: they leave ctrl-C to the parent, which gets it when they are started.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                self._start("the producer", _produce)
+                for rank in range(self.plan.ranks):
+                    self._start(f"rank {rank}", _serve_rank, rank)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         except BaseException:
             self._end(orderly=False)
             raise
-        finally:
-            signal.signal(signal.SIGINT, handler)
         return self
 
     def __exit__(

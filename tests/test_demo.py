@@ -14,6 +14,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,6 +123,20 @@ def test_broken_image_is_a_usage_error_that_names_the_file(tmp_path: Path) -> No
     assert done.returncode == 2
     assert f"cannot decode {tmp_path / 'broken.jpg'}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class InterruptedAtTheStart(demo_run.Processes):
+    def _start(self, *arguments: Any) -> None:
+        super()._start(*arguments)
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_while_processes_are_started_is_not_lost() -> None:
+    processes = InterruptedAtTheStart(demo_run.Plan.make(2, None))
+    with pytest.raises(KeyboardInterrupt), processes:
+        pytest.fail("the interrupt was lost")
+    assert [process.is_alive() for process, _ in processes._children] == [False] * 3
+    assert not processes.plan.folder.exists()
 
 
 def test_interrupted_run_ends_with_130_and_leaves_nothing(image_folder: Path) -> None:
