@@ -525,6 +525,7 @@ def _leave_at_exit(*_: object) -> None:
 
 
 os.register_at_fork(after_in_child=_forget_default)
-# A forked child starts without its parent's finalizers.
+# A finalizer belongs to the process that made it. multiprocessing drops them all in its children, and then calls this.
+os.register_at_fork(after_in_child=_leave_at_exit)
 multiprocessing.util.register_after_fork(_core, _leave_at_exit)
 _leave_at_exit()

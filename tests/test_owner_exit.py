@@ -458,7 +458,7 @@ if pid == 0:
     os.write(writer, handle.to_bytes())
     sys.exit(0)
 blob = os.read(reader, 4096)
-os.waitpid(pid, 0)
+assert os.waitpid(pid, 0)[1] == 0
 handle = shmx.SharedTensor.from_bytes(blob)
 assert handle.is_available
 handle.release()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def run_scenario(module: str, name: str, nbytes: int, bound_s: float = BOUND_S) 
 
 def names() -> list[str]:
     return sorted(path.name for path in SHM.iterdir())
+
+
+def wait_for_the_dead() -> None:
+    """Until the kernel has let go of the locks of all that were killed; their pipes may end a moment earlier."""
+    import shmx
+
+    deadline = time.monotonic() + BOUND_S
+    while any(peer["alive"] for arena in shmx.arenas() for peer in arena.get("peers", ())):
+        assert time.monotonic() < deadline, "a killed process goes on using its arena"
 
 
 def free_bytes() -> int:

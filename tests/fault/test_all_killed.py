@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from tests.fault.own_shm import names, run_scenario, used_bytes
+from tests.fault.own_shm import names, run_scenario, used_bytes, wait_for_the_dead
 
 pytestmark = pytest.mark.skipif(os.environ.get("SHMX_BACKEND") == "memfd", reason="the kernel frees what has no name")
 
@@ -46,6 +46,7 @@ def kill_an_engine(ttl: float) -> None:
     os.killpg(engine.pid, signal.SIGKILL)
     engine.stdout.read()  # its end: nobody has the pipe any more
     assert engine.wait(BOUND_S) == -signal.SIGKILL
+    wait_for_the_dead()
     assert used_bytes() > 20 * MIB
     assert len(names()) >= 4
 
