@@ -55,11 +55,21 @@ void try_extent(Input in) {
     for (auto& stride : meta.strides) stride = static_cast<std::int64_t>(in.number() % (kLargestBytes + 1));
   }
   bool empty = false;
+  // As torch multiplies, zeros included for the elements, and as ones for the strides.
+  bool multiplies = true;
+  Wide in_order = 1;
+  Wide stride = 1;
   Wide elements = 1;
   Wide last = 0;
   for (std::size_t i = 0; i < meta.shape.size(); ++i) {
     const auto size = static_cast<std::uint64_t>(meta.shape[i]);
     empty = empty || size == 0;
+    in_order *= size;
+    if (i > 0) stride *= size == 0 ? 1 : size;
+    if (in_order > UINT64_MAX || stride > static_cast<std::uint64_t>(INT64_MAX)) {
+      multiplies = false;
+      break;
+    }
     // Beyond the bound it stays beyond it.
     if (size != 0 && elements <= kLargestBytes) elements *= size;
     if (strided && size != 0 && last <= kLargestBytes)
@@ -67,7 +77,7 @@ void try_extent(Input in) {
   }
   if (!strided) last = elements - 1;
   const Wide end = empty ? 0 : meta.offset + (last + 1) * info(meta.dtype).bytes;
-  const bool fits = empty || (elements <= kLargestBytes && end <= kLargestBytes);
+  const bool fits = multiplies && (empty || (elements <= kLargestBytes && end <= kLargestBytes));
   std::optional<TensorMeta> back;
   try {
     back = decode_part(encode_part(meta));
