@@ -4,19 +4,17 @@
 #include <doctest/doctest.h>
 #include <signal.h>
 
-#include <chrono>
 #include <cstdio>
 #include <fstream>
-#include <functional>
 #include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "numa.hpp"
 #include "own_shm.hpp"
 #include "shm_names.hpp"
 #include "small_arena.hpp"
+#include "threads.hpp"
 
 namespace shmx {
 namespace {
@@ -28,27 +26,6 @@ ArenaOptions growing_options() {
   options.capacity = 256 * kMiB;
   options.segment_bytes = 32 * kMiB;
   return options;
-}
-
-// Other threads of this process with that name.
-unsigned threads_named(const std::string& name) {
-  unsigned found = 0;
-  const std::unique_ptr<DIR, int (*)(DIR*)> tasks(::opendir("/proc/self/task"), &::closedir);
-  while (const dirent* task = ::readdir(tasks.get())) {
-    std::ifstream file(std::string("/proc/self/task/") + task->d_name + "/comm");
-    std::string comm;
-    if (std::getline(file, comm) && comm == name) ++found;
-  }
-  return found;
-}
-
-bool comes_true(const std::function<bool()>& condition) {
-  const auto bound = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-  while (!condition()) {
-    if (std::chrono::steady_clock::now() > bound) return false;
-    std::this_thread::yield();
-  }
-  return true;
 }
 
 // Once the thread has nothing to do.

@@ -162,6 +162,22 @@ struct Gate {
   }
 };
 
+// Calls of one name wait in it, before they do anything.
+struct Turnstile {
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::string name;
+  long waiting = 0;
+
+  void pass(const std::string& call) {
+    std::unique_lock guard(mutex);
+    if (call != name) return;
+    ++waiting;
+    changed.wait(guard, [this, &call] { return call != name; });
+    --waiting;
+  }
+};
+
 struct Context {
   int device;
 };
@@ -174,7 +190,8 @@ struct Fake {
   std::map<Address, std::shared_ptr<DeviceMemory>> memories;
   std::list<HostRange> in_flight;  // registered memory that a pending copy reads or writes
   std::vector<Failure> failures;
-  int broken = 0;  // the code of a failure from which a context does not recover
+  int broken = 0;                     // the code of a failure from which a context does not recover
+  std::map<int, int> broken_devices;  // the same for one device
   std::vector<std::string> log;
   std::map<std::string, long> counts;
   long late_copies = 0;
@@ -183,6 +200,7 @@ struct Fake {
   std::atomic<int> captures{0};
   std::atomic<bool> capture_broken{false};
   Gate gate;
+  Turnstile turnstile;
   Context contexts[2] = {{0}, {1}};
 };
 
@@ -215,6 +233,7 @@ int enter(const std::string& name, bool needs_context = false) {
     return kDeinitialized;
   }
   if (process == 0 && name != "Init") return kNotInitialized;
+  self.turnstile.pass(name);
   const std::lock_guard guard(self.mutex);
   self.log.push_back(name);
   ++self.counts[name];
@@ -223,6 +242,10 @@ int enter(const std::string& name, bool needs_context = false) {
     return kCaptureUnsupported;
   }
   if (self.broken != 0) return self.broken;
+  if (!stack.empty() && stack.back() != nullptr && name != "CtxPopCurrent") {
+    const auto broken = self.broken_devices.find(stack.back()->device);
+    if (broken != self.broken_devices.end()) return broken->second;
+  }
   for (auto failure = self.failures.begin(); failure != self.failures.end(); ++failure) {
     if (failure->name != name || failure->skip-- > 0) continue;
     const int code = failure->code;
@@ -399,6 +422,11 @@ API NAME(cuCtxSetCurrent, hipCtxSetCurrent)(void* context) {
 
 API NAME(cuCtxPushCurrent_v2, hipCtxPushCurrent)(void* context) {
   ENTER("CtxPushCurrent");
+  {
+    const std::lock_guard guard(fake().mutex);
+    const auto broken = fake().broken_devices.find(static_cast<Context*>(context)->device);
+    if (broken != fake().broken_devices.end()) return broken->second;
+  }
   stack.push_back(static_cast<Context*>(context));
   return kSuccess;
 }
@@ -681,10 +709,32 @@ CONTROL void fake_fail(const char* name, long skip, int code, int sticky) {
   fake().failures.push_back({name, skip, code, sticky != 0});
 }
 
+// Every call for that device fails, those for others do not.
+CONTROL void fake_break(int device, int code) {
+  const std::lock_guard guard(fake().mutex);
+  fake().broken_devices[device] = code;
+}
+
 CONTROL void fake_recover() {
   const std::lock_guard guard(fake().mutex);
   fake().failures.clear();
+  fake().broken_devices.clear();
   fake().broken = 0;
+}
+
+// Holds the calls of that name, or none any more if it is empty.
+CONTROL void fake_hold_calls(const char* name) {
+  {
+    const std::lock_guard guard(fake().turnstile.mutex);
+    fake().turnstile.name = name;
+  }
+  fake().turnstile.changed.notify_all();
+}
+
+// How many calls are held.
+CONTROL long fake_held_calls() {
+  const std::lock_guard guard(fake().turnstile.mutex);
+  return fake().turnstile.waiting;
 }
 
 // Holds every stream before its next operation, or lets all go on.
@@ -708,13 +758,14 @@ CONTROL void fake_forget_calls() {
 }
 
 CONTROL long fake_count(const char* name) {
-  const std::lock_guard guard(fake().mutex);
   const std::string what = name;
+  // Without the lock, which a thread of the parent may have had at the fork.
+  if (what == "after fork") return fake().after_fork.load();
+  const std::lock_guard guard(fake().mutex);
   if (what == "registrations") return static_cast<long>(fake().registrations.size());
   if (what == "late copies") return fake().late_copies;
   if (what == "staged copies") return fake().staged_copies;
   if (what == "in flight") return static_cast<long>(fake().in_flight.size());
-  if (what == "after fork") return fake().after_fork.load();
   if (what == "memories") return static_cast<long>(fake().memories.size());
   const auto found = fake().counts.find(what);
   return found == fake().counts.end() ? 0 : found->second;
