@@ -7,7 +7,6 @@
 #include <atomic>
 #include <cstdlib>
 #include <memory>
-#include <mutex>
 
 #include "process.hpp"
 
@@ -57,17 +56,35 @@ constexpr std::array<Names, kDriverKinds> kNames = {{
 
 const Names& names(DriverKind kind) { return kNames[static_cast<std::size_t>(kind)]; }
 
+enum class Opening : int { kNotBegun, kBegun, kOpen, kFailed };
+
+// Without a lock: one that a thread of the parent had at a fork could never be had in the child.
+struct Slot {
+  std::atomic<Opening> opening{Opening::kNotBegun};
+  DeviceDriver* driver = nullptr;  // once it is open
+  std::string reason;              // once it has failed
+};
+
 struct State {
-  std::mutex mutex;  // held while a driver is opened
-  std::array<std::atomic<DeviceDriver*>, kDriverKinds> drivers{};
-  std::array<std::string, kDriverKinds> reasons;
+  std::array<Slot, kDriverKinds> slots;
   std::atomic<bool> inherited{false};
+  Slot& of(DriverKind kind) { return slots[static_cast<std::size_t>(kind)]; }
 };
 
 // Never destroyed: what uses a driver may outlive every static object.
 State& state() {
   static auto* instance = new State;
   return *instance;
+}
+
+// In a forked child. What a thread of the parent was about to open is there by half.
+void note_inherited() {
+  for (const Slot& slot : state().slots) {
+    const Opening opening = slot.opening.load(std::memory_order_relaxed);
+    if (opening == Opening::kBegun || opening == Opening::kOpen) {
+      state().inherited.store(true, std::memory_order_relaxed);
+    }
+  }
 }
 
 const char* remedy(DriverCode code) {
@@ -131,45 +148,54 @@ bool DeviceDriver::usable() {
 
 DeviceDriver* DeviceDriver::known(DriverKind kind) {
   if (!usable()) return nullptr;
+  const Slot& slot = state().of(kind);
   // acquire: pairs with get(), which fills it first.
-  return state().drivers[static_cast<std::size_t>(kind)].load(std::memory_order_acquire);
+  return slot.opening.load(std::memory_order_acquire) == Opening::kOpen ? slot.driver : nullptr;
 }
 
 DeviceDriver* DeviceDriver::get(DriverKind kind) {
-  if (DeviceDriver* driver = known(kind)) return driver;
   if (!usable()) return nullptr;
-  State& self = state();
-  const std::lock_guard guard(self.mutex);
-  if (DeviceDriver* driver = known(kind)) return driver;
-  if (!self.reasons[static_cast<std::size_t>(kind)].empty()) return nullptr;
-  static const int registered = ::pthread_atfork(nullptr, nullptr, [] {
-    for (const auto& driver : state().drivers) {
-      if (driver.load(std::memory_order_relaxed) != nullptr) state().inherited.store(true, std::memory_order_relaxed);
+  Slot& slot = state().of(kind);
+  // acquire throughout: pairs with the store at the end.
+  Opening seen = slot.opening.load(std::memory_order_acquire);
+  if (seen == Opening::kNotBegun) {
+    static const int registered = ::pthread_atfork(nullptr, nullptr, &note_inherited);
+    (void)registered;
+    if (slot.opening.compare_exchange_strong(seen, Opening::kBegun, std::memory_order_acquire)) {
+      try {
+        std::unique_ptr<DeviceDriver> driver(new DeviceDriver(kind));
+        driver->open();
+        slot.driver = driver.release();
+        seen = Opening::kOpen;
+      } catch (const Error& error) {
+        slot.reason = error.what();
+        seen = Opening::kFailed;
+      } catch (...) {
+        // No memory: the next call may have some.
+        slot.opening.store(Opening::kNotBegun, std::memory_order_release);
+        slot.opening.notify_all();
+        throw;
+      }
+      slot.opening.store(seen, std::memory_order_release);
+      slot.opening.notify_all();
     }
-  });
-  (void)registered;
-  try {
-    std::unique_ptr<DeviceDriver> driver(new DeviceDriver(kind));
-    driver->open();
-    // release: see known().
-    self.drivers[static_cast<std::size_t>(kind)].store(driver.get(), std::memory_order_release);
-    return driver.release();
-  } catch (const Error& error) {
-    self.reasons[static_cast<std::size_t>(kind)] = error.what();
-    return nullptr;
   }
+  while (seen == Opening::kBegun) {
+    slot.opening.wait(seen, std::memory_order_acquire);
+    seen = slot.opening.load(std::memory_order_acquire);
+  }
+  return seen == Opening::kOpen ? slot.driver : nullptr;
 }
 
 std::string DeviceDriver::why_not(DriverKind kind) {
   if (!usable()) return "this process was forked after the driver was initialized: use the spawn start method";
-  State& self = state();
-  const std::lock_guard guard(self.mutex);
-  return self.reasons[static_cast<std::size_t>(kind)];
+  const Slot& slot = state().of(kind);
+  return slot.opening.load(std::memory_order_acquire) == Opening::kFailed ? slot.reason : std::string();
 }
 
 void DeviceDriver::open() {
   const Names& known = names(kind_);
-  // Read once, under a lock.
+  // Read once.
   const char* chosen = std::getenv(known.path_variable);  // NOLINT(concurrency-mt-unsafe)
   const std::string path = chosen != nullptr && *chosen != '\0' ? chosen : known.library;
   void* library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);

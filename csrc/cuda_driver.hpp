@@ -38,7 +38,7 @@ class DeviceDriver {
   // The same without waiting for anything: null until get() has been called.
   [[nodiscard]] static DeviceDriver* known(DriverKind kind);
   [[nodiscard]] static std::string why_not(DriverKind kind);
-  // False in a child that was forked after the driver was initialized: it must not be called there.
+  // False in a child that was forked after the driver began to be opened: it must not be called there.
   [[nodiscard]] static bool usable();
 
   // Makes a device's primary context current in this thread, and lets calls of this thread pass while another one

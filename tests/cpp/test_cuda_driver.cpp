@@ -214,5 +214,29 @@ TEST_CASE("a child that was forked before its parent opened the driver opens its
   CHECK(run_test_case("in a process that forks before it opens a driver") == 0);
 }
 
+TEST_CASE("in a process that forks while a thread opens the driver" * doctest::skip()) {
+  FakeDriver& gpu = FakeDriver::cuda();
+  gpu.hold_calls("Init");
+  std::jthread opener([] { CHECK(DeviceDriver::get(DriverKind::kCuda) != nullptr); });
+  REQUIRE(comes_true([&] { return gpu.held_calls() == 1; }));
+  Child child([&](Line&) {
+    // It may have the half of it.
+    expect(!DeviceDriver::usable());
+    expect(DeviceDriver::known(DriverKind::kCuda) == nullptr);
+    expect(DeviceDriver::get(DriverKind::kCuda) == nullptr);
+    expect(has(DeviceDriver::why_not(DriverKind::kCuda), "spawn"));
+  });
+  try {
+    child.join();
+  } catch (const std::exception& error) {
+    FAIL_CHECK(std::string(error.what()));
+  }
+  gpu.release_calls();
+}
+
+TEST_CASE("a child that was forked while its parent opened the driver has none, and does not wait for it") {
+  CHECK(run_test_case("in a process that forks while a thread opens the driver") == 0);
+}
+
 }  // namespace
 }  // namespace shmx
