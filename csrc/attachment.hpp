@@ -108,7 +108,7 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   // Page-locked parts (attachment_pins.cpp). pin: registers what is reserved and not registered yet; throws
   // Error(kDevice), with nothing of the segment at fault registered that was not before, and
   // answers whether all of it is registered now. unpin: unregisters all.
-  bool pin(DeviceDriver& driver, int device);
+  bool pin(DeviceDriver& driver, int device, std::uint64_t chunk_bytes = kMaxChunk);
   void unpin() noexcept;
   // Where registrations meet in a range, as offsets from its begin; nothing if some of it is not registered.
   [[nodiscard]] std::optional<std::vector<std::uint64_t>> cuts(const std::byte* begin, std::uint64_t bytes) const;
@@ -167,6 +167,7 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
     std::vector<PinnedChunk> chunks;       // guarded by chunks_mutex_
     DriverKind pin_kind = DriverKind::kCuda;
     int pin_device = 0;
+    bool stuck = false;  // something stays registered that is in no chunk; guarded by pin_mutex_
   };
   enum class ForkPlan : std::uint8_t { kNone, kJoins, kLeftOut };
 

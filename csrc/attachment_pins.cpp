@@ -17,7 +17,7 @@ std::uint64_t whole_pages(std::uint64_t bytes) {
 
 }  // namespace
 
-bool Attachment::pin(DeviceDriver& driver, int device) {
+bool Attachment::pin(DeviceDriver& driver, int device, std::uint64_t chunk_bytes) {
   require_usable();
   bool complete = true;
   map_all();
@@ -49,7 +49,7 @@ bool Attachment::pin(DeviceDriver& driver, int device) {
     std::vector<PinnedChunk> chunks;
     try {
       chunks = register_range(driver, device, base + pinned, granted, is_owner() ? Access::kReadWrite : peer_access(),
-                              data_name(control_.arena(), id));
+                              data_name(control_.arena(), id), segment.stuck, chunk_bytes);
     } catch (...) {
       ledger.give(granted);
       throw;
@@ -99,7 +99,8 @@ bool Attachment::unpin_segment(DataMapping& segment) {
     segment.chunks.clear();
   }
   PinLedger::instance().give(segment.pinned.exchange(0, std::memory_order_relaxed));
-  return chunks.empty() || unregister_chunks(chunks, segment.pin_kind, segment.pin_device);
+  const bool stuck = std::exchange(segment.stuck, false);
+  return (chunks.empty() || unregister_chunks(chunks, segment.pin_kind, segment.pin_device)) && !stuck;
 }
 
 void Attachment::unpin() noexcept {
@@ -115,6 +116,7 @@ void Attachment::forget_pins() noexcept {
   for (std::uint32_t slot = 0; slot < kMaxSegments; ++slot) {
     segments_[slot].chunks.clear();
     segments_[slot].pinned.store(0, std::memory_order_relaxed);
+    segments_[slot].stuck = false;
   }
 }
 

@@ -101,12 +101,13 @@ std::string PinLedger::take_warning() {
 // ---- registration
 
 std::vector<PinnedChunk> register_range(DeviceDriver& driver, int device, std::byte* base, std::uint64_t bytes,
-                                        Access access, const std::string& name) {
+                                        Access access, const std::string& name, bool& stuck,
+                                        std::uint64_t chunk_bytes) {
   std::vector<PinnedChunk> chunks;
-  chunks.reserve((bytes + kMaxChunk - 1) / kMaxChunk);
+  chunks.reserve((bytes + chunk_bytes - 1) / chunk_bytes);
   const DeviceDriver::Scope scope(driver, device);
-  for (std::uint64_t offset = 0; offset < bytes; offset += kMaxChunk) {
-    PinnedChunk chunk{base + offset, std::min(kMaxChunk, bytes - offset), true};
+  for (std::uint64_t offset = 0; offset < bytes; offset += chunk_bytes) {
+    PinnedChunk chunk{base + offset, std::min(chunk_bytes, bytes - offset), true};
     const auto before = Clock::now();
     const DriverCode code = driver.register_pages(chunk.base, chunk.bytes, access == Access::kReadOnly);
     const auto spent = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - before);
@@ -115,6 +116,7 @@ std::vector<PinnedChunk> register_range(DeviceDriver& driver, int device, std::b
       // Somebody else in this process has registered it: as good as our own, as long as it covers all of it.
       if (code != DriverCode::kAlreadyRegistered || !driver.is_registered(chunk.base, chunk.bytes)) {
         const bool undone = unregister_chunks(chunks, driver.kind(), device);
+        stuck = stuck || !undone;
         std::string message = driver.failure(driver.register_name(), name, code).what();
         if (!undone) message += "; what was registered before it stays so";
         throw Error(ErrorCode::kDevice, message);

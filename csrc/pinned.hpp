@@ -73,9 +73,11 @@ class PinLedger {
 };
 
 // Registers a range in chunks, each within one turn of the arena. All of it or nothing: on failure what was registered
-// is unregistered in reverse order, and Error(kDevice) is thrown. `name` is for messages.
+// is unregistered in reverse order, and Error(kDevice) is thrown; `stuck` is set then if some of it stays registered
+// all the same: the memory must stay mapped. `name` is for messages.
 [[nodiscard]] std::vector<PinnedChunk> register_range(DeviceDriver& driver, int device, std::byte* base,
-                                                      std::uint64_t bytes, Access access, const std::string& name);
+                                                      std::uint64_t bytes, Access access, const std::string& name,
+                                                      bool& stuck, std::uint64_t chunk_bytes = kMaxChunk);
 // In reverse order. False if some of it stays registered, or may: the memory must then stay mapped.
 [[nodiscard]] bool unregister_chunks(std::vector<PinnedChunk>& chunks, DriverKind kind, int device) noexcept;
 

@@ -114,10 +114,11 @@ TEST_CASE("in a process that uses AMD's driver" * doctest::skip()) {
     driver->destroy_event(event);
     CHECK(driver->unregister_pages(base) == DriverCode::kSuccess);
   }
+  bool stuck = false;
   for (const auto& [call, name] : {std::pair{"HostRegister", "hipHostRegister"}, {"CtxPushCurrent", "hipCtxPush"}}) {
     gpu.fail(call, 0, 1);
     const std::string text =
-        message_of([&] { return register_range(*driver, 0, base, kPage, Access::kReadWrite, "it"); });
+        message_of([&] { return register_range(*driver, 0, base, kPage, Access::kReadWrite, "it", stuck); });
     CHECK(text.starts_with(name));
   }
 }
