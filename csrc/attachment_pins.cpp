@@ -39,7 +39,9 @@ bool Attachment::pin(DeviceDriver& driver, int device, std::uint64_t chunk_bytes
     const std::uint64_t pinned = segment.pinned.load(std::memory_order_relaxed);
     if (base == nullptr || reserved <= pinned) continue;
     PinLedger& ledger = PinLedger::instance();
-    const std::uint64_t granted = ledger.take(reserved - pinned) / whole_pages(1) * whole_pages(1);
+    const std::uint64_t taken = ledger.take(reserved - pinned);
+    const std::uint64_t granted = taken / whole_pages(1) * whole_pages(1);
+    ledger.give(taken - granted);
     if (granted < reserved - pinned) {
       ledger.note_reason("SHMX_PIN_BYTES allows no more: the rest of arena " + control_.name() +
                          " is copied by way of a staging buffer");

@@ -246,6 +246,17 @@ TEST_CASE_FIXTURE(Pinning, "no more than the budget is registered, over all aren
   CHECK(gpu.registered_bytes() == 2 * kMiB);
 }
 
+TEST_CASE_FIXTURE(Pinning, "a part of a page that a budget has over is not lost to a larger budget") {
+  const auto arena = Arena::create(small_options());
+  const Allocation made = arena->allocate(ByteCount{kMiB});
+  PinLedger::instance().set_limit(kPage + 100);
+  CHECK_FALSE(pin(arena));
+  CHECK(gpu.registered_bytes() == kPage);
+  PinLedger::instance().set_limit(2 * kPage);
+  CHECK_FALSE(pin(arena));
+  CHECK(gpu.registered_bytes() == 2 * kPage);
+}
+
 TEST_CASE_FIXTURE(Pinning, "a registration that fails takes nothing of the budget") {
   const auto arena = Arena::create(small_options());
   const Allocation made = arena->allocate(ByteCount{kMiB});
