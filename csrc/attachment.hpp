@@ -19,6 +19,7 @@
 #include "layout.hpp"
 #include "peer_lock.hpp"
 #include "pinned.hpp"
+#include "process.hpp"
 #include "segment.hpp"
 
 namespace shmx {
@@ -110,6 +111,8 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   // answers whether all of it is registered now. unpin: unregisters all.
   bool pin(DeviceDriver& driver, int device, std::uint64_t chunk_bytes = kMaxChunk);
   void unpin() noexcept;
+  // Held while pages of the arena are registered.
+  [[nodiscard]] PinTurn take_pin_turn() { return {control_.file(), pin_turns_, probe_mutex()}; }
   // Where registrations meet in a range, as offsets from its begin; nothing if some of it is not registered.
   [[nodiscard]] std::optional<std::vector<std::uint64_t>> cuts(const std::byte* begin, std::uint64_t bytes) const;
   // No more registration in the background, until it is allowed again.
@@ -206,6 +209,7 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   std::unique_ptr<DataMapping[]> segments_;
   std::mutex pin_mutex_;             // held while a range is registered or unregistered, after map_mutex_
   mutable std::mutex chunks_mutex_;  // a leaf
+  unsigned pin_turns_ = 0;           // guarded by probe_mutex()
   std::atomic<bool> pinning_{true};
   std::atomic<std::uint32_t> trims_seen_{0};
   std::atomic<Ticks> owner_probed_{0};

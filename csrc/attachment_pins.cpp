@@ -21,7 +21,7 @@ bool Attachment::pin(DeviceDriver& driver, int device, std::uint64_t chunk_bytes
   require_usable();
   bool complete = true;
   map_all();
-  const PinTurn turn(control_.file(), probe_mutex());
+  const PinTurn turn = take_pin_turn();
   for (std::uint32_t slot = 0; slot < kMaxSegments; ++slot) {
     DataMapping& segment = segments_[slot];
     // Nothing is unmapped while it is held.
@@ -120,6 +120,7 @@ void Attachment::forget_pins() noexcept {
     segments_[slot].pinned.store(0, std::memory_order_relaxed);
     segments_[slot].stuck = false;
   }
+  pin_turns_ = 0;
 }
 
 }  // namespace shmx

@@ -160,23 +160,29 @@ bool unregister_chunks(std::vector<PinnedChunk>& chunks, DriverKind kind, int de
   return left == 0;
 }
 
-PinTurn::PinTurn(SegmentFile& control, std::mutex& guards_file) {
+PinTurn::PinTurn(SegmentFile& control, unsigned& turns, std::mutex& guards_both) : turns_(turns), mutex_(guards_both) {
   {
-    const std::lock_guard guard(guards_file);
+    const std::lock_guard guard(mutex_);
     fd_ = UniqueFd(::fcntl(control.fd(), F_DUPFD_CLOEXEC, 0));
   }
   if (!fd_.valid()) return;
   const auto deadline = Clock::now() + kLongestTurn;
   for (auto pause = std::chrono::microseconds(200);; pause = std::min(2 * pause, std::chrono::microseconds(20000))) {
-    struct flock request = turn_request(F_WRLCK);
-    taken_ = ::fcntl(fd_.get(), F_OFD_SETLK, &request) == 0;
-    if (taken_ || (errno != EAGAIN && errno != EACCES) || Clock::now() >= deadline) return;
+    {
+      const std::lock_guard guard(mutex_);
+      struct flock request = turn_request(F_WRLCK);
+      taken_ = ::fcntl(fd_.get(), F_OFD_SETLK, &request) == 0;
+      if (taken_) ++turns_;
+      if (taken_ || (errno != EAGAIN && errno != EACCES) || Clock::now() >= deadline) return;
+    }
     std::this_thread::sleep_for(pause);
   }
 }
 
 PinTurn::~PinTurn() {
   if (!taken_) return;
+  const std::lock_guard guard(mutex_);
+  if (--turns_ != 0) return;
   // Not by closing: the description is that of the control segment, which stays open.
   struct flock request = turn_request(F_UNLCK);
   ::fcntl(fd_.get(), F_OFD_SETLK, &request);

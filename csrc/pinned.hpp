@@ -82,16 +82,19 @@ class PinLedger {
 [[nodiscard]] bool unregister_chunks(std::vector<PinnedChunk>& chunks, DriverKind kind, int device) noexcept;
 
 // A turn of one process at registering an arena: several at once have been refused for want of memory. Waits for a
-// minute at most, as a process that is stopped must not keep the others from it.
+// minute at most, as a process that is stopped must not keep the others from it. Threads of one process share it:
+// `turns` counts them.
 class PinTurn {
  public:
-  PinTurn(SegmentFile& control, std::mutex& guards_file);
+  PinTurn(SegmentFile& control, unsigned& turns, std::mutex& guards_both);
   ~PinTurn();
   PinTurn(const PinTurn&) = delete;
   PinTurn& operator=(const PinTurn&) = delete;
 
  private:
   UniqueFd fd_;
+  unsigned& turns_;
+  std::mutex& mutex_;
   bool taken_ = false;
 };
 

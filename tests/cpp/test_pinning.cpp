@@ -1,6 +1,7 @@
 // Page-locking: all of a range or nothing of it, each page once, within the budget, undone before it is unmapped; and
 // the thread that does it beside everything else. The driver ends the process where a real one would do damage.
 #include <doctest/doctest.h>
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -430,6 +431,69 @@ TEST_CASE_FIXTURE(Pinning, "memory that a failed attempt has left registered sta
   CHECK(gpu.registrations().size() == 1);
   CHECK(gpu.unregister_pages(0, left[0].base) == 0);
   ::munmap(left[0].base - kMiB / 4, small_options().segment_bytes);
+}
+
+// ---- turns
+
+// Whether another open file description could begin a turn.
+bool turn_is_free(const Arena& arena) {
+  const UniqueFd fd(::open(("/dev/shm" + arena.name()).c_str(), O_RDWR | O_CLOEXEC));
+  REQUIRE(fd.valid());
+  struct flock request{};
+  request.l_type = F_WRLCK;
+  request.l_whence = SEEK_SET;
+  request.l_start = kMaxPeers;
+  request.l_len = 1;
+  REQUIRE(::fcntl(fd.get(), F_OFD_GETLK, &request) == 0);
+  return request.l_type == F_UNLCK;
+}
+
+TEST_CASE_FIXTURE(Pinning, "while one process registers an arena no other one does") {
+  const auto arena = Arena::create(small_options());
+  const Allocation made = arena->allocate(ByteCount{kMiB});
+  CHECK(turn_is_free(*arena));
+  gpu.hold_calls("HostRegister");
+  {
+    const std::jthread registers([&] { CHECK(pin(arena)); });
+    REQUIRE(comes_true([&] { return gpu.held_calls() == 1; }));
+    CHECK_FALSE(turn_is_free(*arena));
+    gpu.release_calls();
+  }
+  CHECK(turn_is_free(*arena));
+}
+
+TEST_CASE_FIXTURE(Pinning, "a turn lasts until the last thread of the process has had it") {
+  const auto arena = Arena::create(small_options());
+  const Allocation made = arena->allocate(ByteCount{kMiB});
+  Attachment& attachment = *arena->attachment();
+  gpu.hold_calls("HostRegister");
+  {
+    const std::jthread registers([&] { CHECK(pin(arena)); });
+    REQUIRE(comes_true([&] { return gpu.held_calls() == 1; }));
+    {
+      const PinTurn another = attachment.take_pin_turn();
+    }
+    CHECK_FALSE(turn_is_free(*arena));
+    gpu.release_calls();
+  }
+  CHECK(turn_is_free(*arena));
+}
+
+TEST_CASE_FIXTURE(Pinning, "rule 6: a process that is killed in its turn keeps nobody from theirs") {
+  const auto arena = Arena::create(small_options());
+  const Allocation made = arena->allocate(ByteCount{kMiB});
+  const ArenaId id = id_of(*arena);
+  Child child([&](Line& line) {
+    const auto peer = Attachment::join(id);
+    const PinTurn turn = peer->take_pin_turn();
+    line.say(1);
+    (void)line.hear();
+  });
+  REQUIRE(child.hear() == 1);
+  CHECK_FALSE(turn_is_free(*arena));
+  child.kill_unreaped();
+  CHECK(comes_true([&] { return turn_is_free(*arena); }));
+  CHECK(pin(arena));
 }
 
 // ---- in the background
