@@ -201,8 +201,7 @@ void Pinner::unlock_in_child() noexcept {
   // The thread is the parent's.
   (void)thread_.release();  // NOLINT(bugprone-unused-return-value)
   wishes_.clear();
-  busy_ = false;
-  stop_ = false;
+  busy_ = 0;
   mutex_.unlock();
 }
 
@@ -217,7 +216,8 @@ void Pinner::want(const std::shared_ptr<Attachment>& attachment, DriverKind kind
         }
       }
       wishes_.push_back({attachment, kind, device});
-      if (!thread_) thread_ = std::make_unique<std::thread>(quiet_thread("shmx-pinner", [this] { run(); }));
+      if (!thread_)
+        thread_ = std::make_unique<std::thread>(quiet_thread("shmx-pinner", [this, ends = ends_] { run(ends); }));
     }
     changed_.notify_all();
   } catch (const std::exception& error) {
@@ -226,14 +226,14 @@ void Pinner::want(const std::shared_ptr<Attachment>& attachment, DriverKind kind
   }
 }
 
-void Pinner::run() {
+void Pinner::run(std::uint64_t ends) {
   std::unique_lock guard(mutex_);
   for (;;) {
-    changed_.wait(guard, [this] { return stop_ || !wishes_.empty(); });
-    if (stop_) return;
+    changed_.wait(guard, [this, ends] { return ends_ != ends || !wishes_.empty(); });
+    if (ends_ != ends) return;
     const Wish wish = wishes_.front();
     wishes_.erase(wishes_.begin());
-    busy_ = true;
+    ++busy_;
     guard.unlock();
     if (const auto attachment = wish.attachment.lock()) {
       try {
@@ -245,7 +245,7 @@ void Pinner::run() {
       }
     }
     guard.lock();
-    busy_ = false;
+    --busy_;
     changed_.notify_all();
   }
 }
@@ -259,21 +259,19 @@ bool Pinner::pin_now(Attachment& attachment, DriverKind kind, int device) {
 
 void Pinner::settle() {
   std::unique_lock guard(mutex_);
-  changed_.wait(guard, [this] { return !busy_ && (wishes_.empty() || !thread_); });
+  changed_.wait(guard, [this] { return busy_ == 0 && (wishes_.empty() || !thread_); });
 }
 
 void Pinner::stop() noexcept {
   std::unique_ptr<std::thread> ended;
   {
     const std::lock_guard guard(mutex_);
-    stop_ = true;
+    ++ends_;
     wishes_.clear();
     ended = std::move(thread_);
   }
   changed_.notify_all();
   if (ended) ended->join();
-  const std::lock_guard guard(mutex_);
-  stop_ = false;
 }
 
 }  // namespace shmx

@@ -124,13 +124,13 @@ class Pinner : public ForkParticipant {
     int device;
   };
   Pinner();
-  void run();
+  void run(std::uint64_t ends);
 
   std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<Wish> wishes_;
-  bool busy_ = false;
-  bool stop_ = false;
+  unsigned busy_ = 0;       // threads that are about a wish
+  std::uint64_t ends_ = 0;  // how often the thread was told to end
   std::unique_ptr<std::thread> thread_;
 };
 

@@ -552,6 +552,30 @@ TEST_CASE_FIXTURE(Pinning, "an arena that has ended before its turn is not regis
   CHECK(PinLedger::instance().take_warning().empty());
 }
 
+TEST_CASE_FIXTURE(Pinning, "a wish that comes while the thread is being ended is granted by the next one") {
+  const auto arena = Arena::create(small_options());
+  const Allocation made = arena->allocate(ByteCount{kMiB});
+  Pinner& pinner = Pinner::instance();
+  for (int round = 0; round < 100; ++round) {
+    gpu.hold_calls("HostRegister");
+    pinner.want(arena->attachment(), DriverKind::kCuda, 0);
+    REQUIRE(comes_true([&] { return gpu.held_calls() == 1; }));
+    const auto other = Arena::create(small_options());
+    const Allocation more = other->allocate(ByteCount{kMiB});
+    {
+      // It waits for the thread, which waits for the driver.
+      const std::jthread ends([&] { pinner.stop(); });
+      for (int i = 0; i < round; ++i) std::this_thread::yield();
+      pinner.want(other->attachment(), DriverKind::kCuda, 0);
+      gpu.release_calls();
+    }
+    pinner.want(other->attachment(), DriverKind::kCuda, 0);
+    pinner.settle();
+    CHECK(other->attachment()->cuts(more.data, kMiB));
+    arena->attachment()->unpin();
+  }
+}
+
 // ---- threads
 
 TEST_CASE_FIXTURE(Pinning,
