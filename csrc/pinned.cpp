@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <memory>
 #include <utility>
 
 #include "attachment.hpp"
@@ -96,6 +97,13 @@ PinReport PinLedger::report() {
 std::string PinLedger::take_warning() {
   const std::lock_guard guard(mutex_);
   return std::exchange(warning_, {});
+}
+
+void PinLedger::begin_anew() noexcept {
+  const std::uint64_t limit = limit_.load(std::memory_order_relaxed);
+  // Not destroyed first: it may be half changed.
+  std::construct_at(this);
+  set_limit(limit);
 }
 
 // ---- registration
@@ -198,8 +206,9 @@ Pinner& Pinner::instance() {
 Pinner::Pinner() { take_part_in_forks(); }
 
 void Pinner::unlock_in_child() noexcept {
-  // The thread is the parent's.
+  // The thread is the parent's, and so is whoever waits here: to wake or to destroy would be to wait for them.
   (void)thread_.release();  // NOLINT(bugprone-unused-return-value)
+  std::construct_at(&changed_);
   wishes_.clear();
   busy_ = 0;
   mutex_.unlock();

@@ -63,6 +63,8 @@ class PinLedger {
   [[nodiscard]] PinReport report();
   // The first reason that nobody has been told yet.
   [[nodiscard]] std::string take_warning();
+  // In a forked child: what was registered is the parent's, and one of its threads may have the lock.
+  void begin_anew() noexcept;
 
  private:
   std::atomic<std::uint64_t> limit_{UINT64_MAX};

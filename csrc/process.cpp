@@ -71,6 +71,7 @@ void after_fork_in_parent() {
 
 void after_fork_in_child() {
   Process& self = process();
+  PinLedger::instance().begin_anew();
   for (const auto& attachment : self.forking) {
     if (!attachment->child_after_fork()) self.attachments.erase(value(attachment->control().arena()));
     attachment->set_on_idle(&reap_if_orphaned);

@@ -642,5 +642,104 @@ TEST_CASE_FIXTURE(Pinning,
   pinner.stop();
 }
 
+// ---- forks
+
+TEST_CASE_FIXTURE(Pinning,
+                  "rule 10: a child calls no driver for what it inherits, and counts nothing of it as its own") {
+  const auto arena = Arena::create(small_options());
+  Allocation made = arena->allocate(ByteCount{kMiB});
+  fill(made, 5);
+  CHECK(pin(arena));
+  PinLedger::instance().set_limit(kMiB + kPage);
+  const PinReport parents = PinLedger::instance().report();
+  Child child([&](Line&) {
+    PinLedger& ledger = PinLedger::instance();
+    expect(is_filled(made.hold, 5));
+    expect(!arena->attachment()->cuts(made.data, kMiB));
+    expect(ledger.report().bytes == 0);
+    expect(ledger.report().chunks == 0);
+    expect(ledger.report().backend == "none");
+    expect(ledger.take_warning().empty());
+    // The limit is that of the program, what counts against it is not inherited.
+    expect(ledger.take(2 * kMiB) == kMiB + kPage);
+    expect(code_of([&] { return pin(arena); }) == ErrorCode::kDevice);
+    made.hold.release();
+    arena->attachment()->unpin();
+    leave_all();
+    expect(ledger.report().quarantined_bytes == 0);
+    expect(gpu.count("after fork") == 0);
+  });
+  child.join();
+  CHECK(PinLedger::instance().report().bytes == parents.bytes);
+  CHECK(gpu.registered_bytes() == arena->stats().reserved);
+}
+
+TEST_CASE_FIXTURE(Pinning, "rule 10: a child that was forked while threads register is in nobody's way") {
+  const auto arena = Arena::create(small_options());
+  const Allocation made = arena->allocate(ByteCount{kMiB});
+  fill(made, 6);
+  std::vector<std::jthread> threads;
+  threads.emplace_back([&](const std::stop_token& stop) {
+    while (!stop.stop_requested()) {
+      (void)pin(arena);
+      arena->attachment()->unpin();
+    }
+  });
+  // Memberships that end here are not in the registry, which a fork goes by.
+  threads.emplace_back([&](const std::stop_token& stop) {
+    while (!stop.stop_requested()) {
+      const auto peer = Attachment::join(id_of(*arena));
+      (void)pin(*peer);
+    }
+  });
+  threads.emplace_back([&](const std::stop_token& stop) {
+    while (!stop.stop_requested()) {
+      PinLedger::instance().note_reason("this");
+      PinLedger::instance().note_reason("that");
+      (void)PinLedger::instance().take_warning();
+    }
+  });
+  for (int round = 0; round < 30; ++round) {
+    Child child([&](Line&) {
+      expect(is_filled(made.hold, 6));
+      expect(PinLedger::instance().report().bytes == 0);
+      arena->attachment()->unpin();
+      leave_all();
+      expect(gpu.count("after fork") == 0);
+    });
+    child.join();
+  }
+  threads.clear();
+  (void)arena->sweep(false);
+}
+
+TEST_CASE("in a process without a driver whose thread waits for wishes at a fork" * doctest::skip()) {
+  Pinner& pinner = Pinner::instance();
+  const auto ask = [&pinner] {
+    const auto arena = Arena::create(small_options());
+    const Allocation made = arena->allocate(ByteCount{kMiB});
+    pinner.want(arena->attachment(), DriverKind::kCuda, 0);
+    pinner.settle();
+    return !arena->attachment()->may_pin();
+  };
+  CHECK(ask());
+  CHECK(ask());
+  Child child([&](Line&) {
+    expect(threads_named("shmx-pinner") == 0);
+    for (int i = 0; i < 3; ++i) expect(ask());
+    pinner.stop();
+    leave_all();
+  });
+  child.join();
+  pinner.stop();
+}
+
+TEST_CASE("a child has a thread of its own for its own wishes") {
+  CHECK(run_test_case("in a process without a driver whose thread waits for wishes at a fork",
+                      {{"SHMX_CUDA_DRIVER", "/nowhere/libcuda.so.1"},
+                       // A thread after a fork is what this is about.
+                       {"TSAN_OPTIONS", "detect_deadlocks=0:die_after_fork=0"}}) == 0);
+}
+
 }  // namespace
 }  // namespace shmx
