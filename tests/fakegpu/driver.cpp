@@ -432,11 +432,12 @@ API NAME(cuCtxPushCurrent_v2, hipCtxPushCurrent)(void* context) {
 }
 
 API NAME(cuCtxPopCurrent_v2, hipCtxPopCurrent)(void** context) {
-  ENTER("CtxPopCurrent");
+  const int code = enter("CtxPopCurrent");
   if (stack.empty()) return kInvalidContext;
+  // Popped all the same: such a code is told of earlier work.
   if (context != nullptr) *context = stack.back();
   stack.pop_back();
-  return kSuccess;
+  return code;
 }
 
 API NAME(cuGetErrorName, hipDrvGetErrorName)(int code, const char** name) {
@@ -648,9 +649,10 @@ API NAME(cuEventCreate, hipEventCreateWithFlags)(void** handle, unsigned) {
 }
 
 API NAME(cuEventDestroy_v2, hipEventDestroy)(void* handle) {
-  ENTER("EventDestroy");
-  delete static_cast<EventHandle>(handle);
-  return kSuccess;
+  const int code = enter("EventDestroy");
+  // Gone all the same, as above; its caller has no further use for it.
+  if (code != kNotInitialized && code != kDeinitialized) delete static_cast<EventHandle>(handle);
+  return code;
 }
 
 API NAME(cuEventRecord, hipEventRecord)(void* handle, void* stream) {
