@@ -62,8 +62,16 @@ bool InFlight::poll_once() noexcept {
     for (std::size_t i = 0; i < copies_.size();) {
       Copy& copy = copies_[i];
       if (copy.driver != driver || copy.device != device) {
+        driver = nullptr;
         scope.reset();
-        scope.emplace(*copy.driver, copy.device);
+        try {
+          scope.emplace(*copy.driver, copy.device);
+        } catch (const Error& error) {
+          // A device that is broken says nothing about the next one.
+          trouble_ = error.what();
+          ++i;
+          continue;
+        }
         driver = copy.driver;
         device = copy.device;
       }

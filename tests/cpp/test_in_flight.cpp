@@ -239,6 +239,29 @@ TEST_CASE_FIXTURE(Copies, "an event that cannot be asked about keeps its use") {
   CHECK(is_full(*arena));
 }
 
+TEST_CASE_FIXTURE(Copies, "copies to one device end while another one is broken") {
+  const auto broken = arena_of_one();
+  const auto healthy = arena_of_one();
+  Allocation lost = broken->allocate(ByteCount{kBytes});
+  REQUIRE(pin(broken));
+  (void)healthy->allocate(ByteCount{kBytes});
+  REQUIRE(pin(healthy, 1));
+  gpu.hold_streams();
+  copy(std::move(lost.hold), 0);
+  gpu.break_device(0, 700);
+  for (int round = 0; round < 3; ++round) {
+    gpu.hold_streams();
+    Allocation made = healthy->allocate(ByteCount{kBytes});
+    fill(made, round);
+    copy(std::move(made.hold), 1);
+    gpu.release_streams();
+    CHECK(arrived(round, 1));
+    CHECK(comes_true([&] { return under_way() == 1; }));
+    CHECK(comes_true([&] { return !is_full(*healthy); }));
+  }
+  CHECK(is_full(*broken));
+}
+
 // ---- the end
 
 TEST_CASE_FIXTURE(Copies, "a drain waits for the copies that are under way, and ends the thread") {
