@@ -28,23 +28,25 @@ InFlight::InFlight() { take_part_in_forks(); }
 void InFlight::unlock_in_child() noexcept {
   // The copies are the parent's, and so is the thread; the child has inherited uses that it makes no use of.
   (void)thread_.release();  // NOLINT(bugprone-unused-return-value)
-  stop_ = false;
   const std::vector<Copy> copies = std::exchange(copies_, {});
   const std::vector<std::vector<Hold>> kept = std::exchange(kept_, {});
   mutex_.unlock();
 }
 
 void InFlight::depart(std::vector<Hold>& holds, DeviceDriver& driver, int device, void* stream) {
-  {
-    const std::lock_guard guard(mutex_);
-    copies_.reserve(copies_.size() + 1);
-    if (!thread_) thread_ = std::make_unique<std::thread>(quiet_thread("shmx-copies", [this] { run(); }));
-  }
   const DeviceDriver::Scope scope(driver, device);
   void* event = driver.record_event(stream);
-  {
+  try {
+    // In one go: or a drain might end the thread in between.
     const std::lock_guard guard(mutex_);
-    copies_.push_back({std::exchange(holds, {}), &driver, device, event});
+    if (!thread_) {
+      thread_ = std::make_unique<std::thread>(quiet_thread("shmx-copies", [this, ends = ends_] { run(ends); }));
+    }
+    copies_.push_back({{}, &driver, device, event});
+    copies_.back().holds = std::exchange(holds, {});
+  } catch (...) {
+    driver.destroy_event(event);
+    throw;
   }
   departed_.notify_one();
 }
@@ -102,19 +104,20 @@ void InFlight::poll() noexcept {
   if (DeviceDriver::usable()) (void)poll_once();
 }
 
-void InFlight::run() {
+void InFlight::run(std::uint64_t ends) {
   auto pause = kShortestPause;
   std::unique_lock guard(mutex_);
   for (;;) {
-    departed_.wait(guard, [this] { return stop_ || !copies_.empty(); });
-    if (stop_) return;
+    departed_.wait(guard, [this, ends] { return ends_ != ends || !copies_.empty(); });
+    if (ends_ != ends) return;
     const std::size_t before = copies_.size();
     guard.unlock();
     const bool hopeful = poll_once();
     guard.lock();
     const bool progress = copies_.size() != before;
     pause = progress ? kShortestPause : std::min(2 * pause, hopeful ? kLongestPause : 50 * kLongestPause);
-    if (!copies_.empty()) departed_.wait_for(guard, pause, [this, before] { return stop_ || copies_.size() > before; });
+    if (copies_.empty()) continue;
+    departed_.wait_for(guard, pause, [this, ends, before] { return ends_ != ends || copies_.size() > before; });
   }
 }
 
@@ -122,25 +125,22 @@ bool InFlight::drain(std::chrono::milliseconds longest) noexcept {
   if (!DeviceDriver::usable()) return true;
   const auto deadline = std::chrono::steady_clock::now() + longest;
   bool empty = false;
+  std::unique_ptr<std::thread> ended;
   for (int hopeless = 0;;) {
     if (!poll_once()) ++hopeless;
     {
       const std::lock_guard guard(mutex_);
       empty = copies_.empty();
+      if (empty || hopeless > kMostHopeless || std::chrono::steady_clock::now() >= deadline) {
+        ++ends_;
+        ended = std::move(thread_);
+        break;
+      }
     }
-    if (empty || hopeless > kMostHopeless || std::chrono::steady_clock::now() >= deadline) break;
     std::this_thread::sleep_for(kShortestPause);
-  }
-  std::unique_ptr<std::thread> ended;
-  {
-    const std::lock_guard guard(mutex_);
-    stop_ = true;
-    ended = std::move(thread_);
   }
   departed_.notify_all();
   if (ended) ended->join();
-  const std::lock_guard guard(mutex_);
-  stop_ = false;
   return empty;
 }
 

@@ -24,7 +24,8 @@ class InFlight : public ForkParticipant {
   // One per process, never destroyed.
   [[nodiscard]] static InFlight& instance();
 
-  // Takes the holds over until what `stream` has to do by now is done. On Error(kDevice) they stay with the caller.
+  // Takes the holds over until what `stream` has to do by now is done. If it throws, Error(kDevice) or for want of a
+  // thread or memory, they stay with the caller.
   void depart(std::vector<Hold>& holds, DeviceDriver& driver, int device, void* stream);
   // Ends the uses whose copies are done.
   void poll() noexcept;
@@ -54,14 +55,14 @@ class InFlight : public ForkParticipant {
   InFlight();
   // True if the copies that are left may complete by themselves.
   bool poll_once() noexcept;
-  void run();
+  void run(std::uint64_t ends);
 
   std::mutex mutex_;
   std::condition_variable departed_;
   std::vector<Copy> copies_;
   std::vector<std::vector<Hold>> kept_;
   std::string trouble_;
-  bool stop_ = false;
+  std::uint64_t ends_ = 0;  // how often the thread was told to end
   std::unique_ptr<std::thread> thread_;
 };
 

@@ -316,6 +316,21 @@ TEST_CASE_FIXTURE(Copies, "a drain does not wait for a device that is broken") {
   CHECK(is_full(*arena));
 }
 
+TEST_CASE_FIXTURE(Copies, "a copy that departs while the thread is being ended is watched by the next one") {
+  const auto arena = Arena::create(small_options());
+  const Allocation made = arena->allocate(ByteCount{kBytes});
+  REQUIRE(pin(arena));
+  for (int round = 0; round < 500; ++round) {
+    copy(made.hold.share());
+    {
+      const std::jthread drains([&] { CHECK(in_flight.drain(kLong)); });
+      for (int i = 0; i < round % 50; ++i) std::this_thread::yield();
+      copy(made.hold.share());
+    }
+    CHECK(end_by_themselves());
+  }
+}
+
 TEST_CASE_FIXTURE(Copies, "a use that is kept never ends") {
   const auto arena = arena_of_one();
   Allocation made = arena->allocate(ByteCount{kBytes});
