@@ -321,6 +321,7 @@ bool DeviceDriver::is_capturing(void* stream) const {
 
 const char* DeviceDriver::register_name() const { return names(kind_).host_register; }
 const char* DeviceDriver::unregister_name() const { return names(kind_).host_unregister; }
+const char* DeviceDriver::query_name() const { return names(kind_).event_query; }
 
 Error DeviceDriver::failure(const char* call, const std::string& object, DriverCode code) const {
   const char* name = nullptr;

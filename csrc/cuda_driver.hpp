@@ -76,6 +76,7 @@ class DeviceDriver {
   [[nodiscard]] Error failure(const char* call, const std::string& object, DriverCode code) const;
   [[nodiscard]] const char* register_name() const;
   [[nodiscard]] const char* unregister_name() const;
+  [[nodiscard]] const char* query_name() const;
 
  private:
   struct Table;

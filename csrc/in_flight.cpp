@@ -88,7 +88,7 @@ bool InFlight::poll_once() noexcept {
       if (code == DriverCode::kNotReady) {
         hopeful = true;
       } else {
-        trouble_ = driver->failure("cuEventQuery", "a copy from shared memory", code).what();
+        trouble_ = driver->failure(driver->query_name(), "a copy from shared memory", code).what();
       }
       ++i;
     }

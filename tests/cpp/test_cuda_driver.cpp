@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 #include <sys/wait.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <string>
 #include <thread>
@@ -10,6 +11,7 @@
 
 #include "child_process.hpp"
 #include "fake_driver.hpp"
+#include "in_flight.hpp"
 #include "small_arena.hpp"
 #include "threads.hpp"
 
@@ -121,6 +123,11 @@ TEST_CASE("in a process that uses AMD's driver" * doctest::skip()) {
         message_of([&] { return register_range(*driver, 0, base, kPage, Access::kReadWrite, "it", stuck); });
     CHECK(text.starts_with(name));
   }
+  gpu.fail("EventQuery", 0, 1);
+  std::vector<Hold> none;
+  InFlight::instance().depart(none, *driver, 0, nullptr);
+  CHECK(InFlight::instance().drain(std::chrono::minutes(1)));
+  CHECK(InFlight::instance().report().trouble.starts_with("hipEventQuery"));
 }
 
 TEST_CASE("AMD's driver does the same under its own names") {
