@@ -123,6 +123,31 @@ def test_a_copy_whose_block_is_let_go_too_early_delivers_other_bytes(gpu: FakeDr
         assert not is_pattern(arrived.cpu(), 1)
 
 
+def test_off_while_a_copy_is_under_way_locks_no_more_and_undoes_nothing(gpu: FakeDriver) -> None:
+    with shmx.Arena(capacity=16 * BLOCK, segment_bytes=4 * BLOCK) as arena:
+        handle = arena.share(pattern(1))
+        shmx.attach(handle, pin="require", device=FAKE)
+        locked = pinned()["bytes"]
+        with gpu.held():
+            arrived = handle.materialize(FAKE)
+            shmx.attach(handle, pin="off")
+            handle.release()
+            assert pinned()["bytes"] == locked
+            assert press(arena) == 15
+        assert is_pattern(arrived.cpu(), 1)
+        settle()
+        assert press(arena) == 16
+        # Straight from what was locked before, by the driver's own buffers from what has come since.
+        handles = [arena.share(pattern(seed)) for seed in range(16)]
+        gpu.forget_calls()
+        copies = device.materialize_many(handles, FAKE)
+        assert all(is_pattern(copy.cpu(), seed) for seed, copy in enumerate(copies))
+        _core.settle_pinning()
+        assert gpu.count("HostRegister") == 0
+        assert pinned()["bytes"] == locked
+        assert gpu.count("late copies") > 0 and gpu.count("staged copies") > 0
+
+
 def test_a_use_ends_without_another_call(gpu: FakeDriver) -> None:
     with locked_arena() as arena:
         handle = arena.share(pattern(1))
