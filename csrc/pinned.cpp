@@ -244,7 +244,8 @@ void Pinner::run(std::uint64_t ends) {
     wishes_.erase(wishes_.begin());
     ++busy_;
     guard.unlock();
-    if (const auto attachment = wish.attachment.lock()) {
+    // It may have been refused since.
+    if (const auto attachment = wish.attachment.lock(); attachment && attachment->may_pin()) {
       try {
         (void)pin_now(*attachment, wish.kind, wish.device);
       } catch (const std::exception& error) {

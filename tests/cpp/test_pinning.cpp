@@ -552,6 +552,23 @@ TEST_CASE_FIXTURE(Pinning, "an arena that has ended before its turn is not regis
   CHECK(PinLedger::instance().take_warning().empty());
 }
 
+TEST_CASE_FIXTURE(Pinning, "a wish is not granted any more where it has been refused meanwhile") {
+  Pinner& pinner = Pinner::instance();
+  const auto blocker = Arena::create(small_options());
+  const auto refused = Arena::create(small_options());
+  const Allocation one = blocker->allocate(ByteCount{kMiB});
+  const Allocation two = refused->allocate(ByteCount{kMiB});
+  gpu.hold_calls("HostRegister");
+  pinner.want(blocker->attachment(), DriverKind::kCuda, 0);
+  REQUIRE(comes_true([&] { return gpu.held_calls() == 1; }));
+  pinner.want(refused->attachment(), DriverKind::kCuda, 0);
+  refused->attachment()->refuse_pinning();
+  gpu.release_calls();
+  pinner.settle();
+  CHECK(gpu.count("HostRegister") == 1);
+  CHECK_FALSE(refused->attachment()->cuts(two.data, kMiB));
+}
+
 TEST_CASE_FIXTURE(Pinning, "a wish that comes while the thread is being ended is granted by the next one") {
   const auto arena = Arena::create(small_options());
   const Allocation made = arena->allocate(ByteCount{kMiB});
