@@ -85,6 +85,8 @@ void after_fork_in_child() {
 }
 
 Process::Process() {
+  // Made before the first fork: a child that has to make it may have no memory, and a handler cannot fail.
+  (void)PinLedger::instance();
   void* page = ::mmap(nullptr, static_cast<std::size_t>(::sysconf(_SC_PAGESIZE)), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (page == MAP_FAILED) throw std::bad_alloc();
