@@ -14,7 +14,7 @@ import pytest
 
 import shmx
 from tests.children import Children
-from tests.fault.own_shm import BOUND_S
+from tests.fault.own_shm import BOUND_S, wait_for_the_dead
 from tests.patterns import is_pattern, pattern
 
 pytestmark = pytest.mark.skipif(os.environ.get("SHMX_BACKEND") == "memfd", reason="memfd needs one PID namespace")
@@ -56,7 +56,7 @@ class Remote:
         self.process.communicate(timeout=BOUND_S)
 
     def kill(self) -> None:
-        """SIGKILL; unshare has its child killed with it, and init's end is waited for by the kernel."""
+        """SIGKILL; unshare has its child killed with it, a moment later."""
         self.process.kill()
         self.process.communicate(timeout=BOUND_S)
 
@@ -126,12 +126,14 @@ def test_processes_of_two_pid_namespaces_know_of_each_other_s_life_and_death(sta
     assert [peer["blocks"] for peer in arena["peers"]] == [0, 1]
 
     first.kill()
+    wait_for_the_dead(living=1)
     assert producer.ask("gc") == "0"
     (arena,) = [one for one in shmx.arenas() if one["name"] == arena["name"]]
     assert [peer["slot"] for peer in arena["peers"]] == [0]
 
     second.ask("load", blob)
     producer.kill()
+    wait_for_the_dead(living=1)
     assert outcome_of_gc(arena["name"]) == "in use"
     assert second.ask("check", "1") == "True"
     second.ask("drop")
