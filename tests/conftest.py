@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def open_descriptors() -> dict[int, str]:
         except FileNotFoundError:
             continue  # the descriptor that listed the directory
     return found
+
+
+def pytest_configure() -> None:
+    # A shell starts what runs behind it (`pytest &`, nohup) with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
