@@ -215,6 +215,11 @@ def configure(
         _configured.update({name: value for name, value in vars(settings).items() if value is not None})
 
 
+def chosen_backend() -> str:
+    """The backend that the default arena of this process is to be made with: ``"shm"``, ``"memfd"`` or ``"auto"``."""
+    return str(_configured.get("backend") or ArenaConfig.from_environment().backend or "shm")
+
+
 def share(tensor: torch.Tensor, *, key: str | None = None, timeout: float | None = None) -> SharedTensor:
     """Publish a tensor: copy it once into shared memory and return a handle to pickle.
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from shmx._core import SharedTensor, readers
-from shmx.arena import discard_blob, empty, note_inline_fallback, share
+from shmx.arena import chosen_backend, discard_blob, empty, note_inline_fallback, share
 from shmx.device import materialize_many
 from shmx.errors import ArenaFullError, InvalidHandleError
 from shmx.pickling import put_together, take_apart
@@ -242,7 +242,10 @@ class _Hosts:
 def _host() -> tuple[Any, ...]:
     """What processes have in common that can open each other's segments."""
     shm = os.stat("/dev/shm")
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip(), shm.st_dev, shm.st_ino, os.geteuid()
+    # Segments without names are opened through /proc.
+    processes = os.readlink("/proc/self/ns/pid") if chosen_backend() != "shm" else None
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return boot, shm.st_dev, shm.st_ino, os.geteuid(), processes
 
 
 class _Known:
@@ -385,10 +388,9 @@ def _send(channel: _Channel, objects: Sequence[Any], min_bytes: int | None) -> N
         streams.append(stream.getvalue())
     neighbours = channel.hosts.neighbours(channel.rank)
     leaders = channel.hosts.leaders(channel.rank)
-    # What other hosts have to make room for.
-    shapes = [(handle.shape, handle.dtype) if handle.is_available else None for handle in handles] if leaders else None
     local = channel.announce(handles, len(neighbours) - 1)
-    content = pickle.dumps((streams, len(handles), local, shapes), pickle.HIGHEST_PROTOCOL)
+    abroad = [(handle.shape, handle.dtype) if handle.is_available else handle for handle in handles] if leaders else []
+    content = pickle.dumps((streams, len(handles), local, abroad), pickle.HIGHEST_PROTOCOL)
     with channel.unbroken():
         channel.broadcast(content)
         under_way = [
@@ -446,32 +448,32 @@ class _Load:
 
 def _receive(channel: _Channel, source: int) -> list[_Load]:
     with channel.unbroken():
-        streams, count, local, shapes = pickle.loads(channel.take_broadcast(source))
-        handles = _receive_handles(channel, source, local, shapes) if count else []
+        streams, count, local, abroad = pickle.loads(channel.take_broadcast(source))
+        handles = _receive_handles(channel, source, local, abroad) if count else []
     return [_Load(stream, handles) for stream in streams]
 
 
+# For ranks on other hosts: what to make room for, or a handle that has no data and says why.
+_Abroad = Sequence[tuple[tuple[int, ...], torch.dtype] | SharedTensor]
+
+
 def _receive_handles(
-    channel: _Channel, source: int, local: bytes, shapes: Sequence[Any]
+    channel: _Channel, source: int, local: bytes, abroad: _Abroad
 ) -> list[SharedTensor | _Unshared]:
     neighbours = channel.hosts.neighbours(channel.rank)
     if source in neighbours:
         handles: list[SharedTensor | _Unshared] = pickle.loads(local)
         return handles
     if channel.rank == neighbours[0]:
-        return _republish(channel, source, neighbours[1:], local, shapes)
-    return _take_over(channel, neighbours[0], shapes)
+        return _republish(channel, source, neighbours[1:], abroad)
+    return _take_over(channel, neighbours[0], abroad)
 
 
 def _republish(
-    channel: _Channel, source: int, others: Sequence[int], local: bytes, shapes: Sequence[Any]
+    channel: _Channel, source: int, others: Sequence[int], abroad: _Abroad
 ) -> list[SharedTensor | _Unshared]:
     """Receive the bytes from another host and publish them on this one."""
-    # Those without data keep their reason.
-    handles: list[Any] = pickle.loads(local)
-    for number, meta in enumerate(shapes):
-        if meta is not None:
-            handles[number] = _receive_tensor(channel, source, *meta)
+    handles = [_receive_tensor(channel, source, *one) if isinstance(one, tuple) else one for one in abroad]
     blob = channel.announce([None if isinstance(one, _Unshared) else one for one in handles], len(others))
     inline = [one.tensor for one in handles if isinstance(one, _Unshared)]
     under_way = [
@@ -499,17 +501,16 @@ def _receive_tensor(
     return share(memory)
 
 
-def _take_over(channel: _Channel, leader: int, shapes: Sequence[Any]) -> list[SharedTensor | _Unshared]:
+def _take_over(channel: _Channel, leader: int, abroad: _Abroad) -> list[SharedTensor | _Unshared]:
     """What the first rank of this host has published, or sends inline."""
     size = torch.empty(1, dtype=torch.int64)
     channel.receive_into(size, leader)
     blob = torch.empty(int(size.item()), dtype=torch.uint8)
     channel.receive_into(blob, leader)
     handles: list[Any] = pickle.loads(blob.numpy().data)
-    for number, handle in enumerate(handles):
-        if handle is None:
-            shape, dtype = shapes[number]
-            memory = torch.empty(shape, dtype=dtype)
+    for number, one in enumerate(abroad):
+        if handles[number] is None and isinstance(one, tuple):
+            memory = torch.empty(one[0], dtype=one[1])
             channel.receive_into(memory, leader)
             handles[number] = _Unshared(memory)
     return handles

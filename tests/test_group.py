@@ -23,7 +23,10 @@ from tests.peer import taken_slots
 SHM = Path("/dev/shm")
 PRODUCER, READER, GROUP, OTHER_GROUP = 65531, 65532, 54321, 54322
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root"),
+    pytest.mark.needs_names,
+]
 
 
 def become(uid: int, groups: Sequence[int]) -> None:

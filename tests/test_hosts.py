@@ -204,6 +204,7 @@ def load_foreign(connection, folder, rank):
     connection.send(type(pickle.loads(path.read_bytes()).error).__name__)
 
 
+@pytest.mark.needs_names
 def test_a_handle_from_another_host_without_a_group_is_a_clear_error(children, two_hosts, tmp_path):
     here, there = (start_on(children, host, load_foreign, tmp_path, rank) for rank, host in enumerate(two_hosts.hosts))
     assert here.receive() == "written"

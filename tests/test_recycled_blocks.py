@@ -70,6 +70,7 @@ def test_the_handle_of_a_whole_bundle_shows_nothing_between_its_parts(arena):
         shmx.SharedTensor.from_bytes(dataclasses.replace(first, shape=(last.offset + 4,)).to_bytes())
 
 
+@pytest.mark.needs_names
 def test_an_earlier_tensor_stays_in_the_rest_of_a_block_that_is_not_scrubbed():
     """What the next test looks for can be seen."""
     with shmx.Arena(capacity=1 << 20) as arena:
@@ -81,6 +82,7 @@ def test_an_earlier_tensor_stays_in_the_rest_of_a_block_that_is_not_scrubbed():
 @pytest.mark.parametrize(
     "shapes", [(SMALL,), (SMALL - 200, 3, 70), (BIG,)], ids=["smaller", "a bundle", "the same size"]
 )
+@pytest.mark.needs_names
 def test_scrub_leaves_no_byte_of_an_earlier_tensor_in_the_block(shapes):
     """Read from the segment itself, past all handles."""
     with shmx.Arena(capacity=1 << 20, scrub=True) as arena:
@@ -89,6 +91,7 @@ def test_scrub_leaves_no_byte_of_an_earlier_tensor_in_the_block(shapes):
         del kept
 
 
+@pytest.mark.needs_names
 def test_scrub_clears_what_shmx_empty_hands_out():
     with shmx.Arena(capacity=1 << 20, scrub=True) as arena:
         arena.share(torch.full((BIG,), SECRET, dtype=torch.uint8)).release()
@@ -99,6 +102,7 @@ def test_scrub_clears_what_shmx_empty_hands_out():
         del made
 
 
+@pytest.mark.needs_names
 def test_scrub_clears_blocks_that_are_cut_from_an_earlier_one_as_they_are_handed_out():
     """Another shape: what is still free keeps its bytes until it is a block."""
     with shmx.Arena(capacity=BIG, segment_bytes=BIG, scrub=True) as arena:

@@ -195,6 +195,7 @@ def produce(connection, readers):
         connection.send(pickle.dumps(requests))
 
 
+@pytest.mark.needs_names
 def test_rule_2_every_rank_unwraps_after_the_producer_has_gone(children):
     producer = children.start(produce, 3)
     blob = producer.receive()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import shmx
+from shmx import distributed
 from tests.children import Children
 from tests.fault.own_shm import BOUND_S, wait_for_the_dead
 from tests.patterns import is_pattern, pattern
@@ -86,6 +87,9 @@ def obey() -> None:
         answer = ""
         if command == "pid":
             answer = str(os.getpid())
+        elif command == "host":
+            shmx.configure(backend=arguments[0])
+            answer = base64.b64encode(pickle.dumps(distributed._host())).decode()
         elif command == "share":
             seed, readers = (int(argument) for argument in arguments)
             with shmx.share(pattern(seed)) as handle, shmx.readers(readers):
@@ -140,6 +144,13 @@ def test_processes_of_two_pid_namespaces_know_of_each_other_s_life_and_death(sta
     second.end()
     shmx.gc(force=True)
     assert not segments()
+
+
+@pytest.mark.parametrize(("backend", "one_host"), [("shm", True), ("memfd", False), ("auto", False)])
+def test_ranks_that_cannot_open_each_other_s_segments_are_on_two_hosts(start, backend, one_host):
+    """What has no name is opened through /proc, which shows the processes of one PID namespace."""
+    first, second = start(), start()
+    assert (first.ask("host", backend) == second.ask("host", backend)) is one_host
 
 
 # ---- clocks

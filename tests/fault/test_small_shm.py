@@ -15,6 +15,8 @@ import pytest
 
 from tests.fault.own_shm import SHM, free_bytes, names, run_scenario
 
+pytestmark = pytest.mark.needs_names
+
 SHM_BYTES = 16 << 20
 MIB = 1 << 20
 

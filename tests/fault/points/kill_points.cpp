@@ -5,6 +5,9 @@
 // shared bytes are others than before ("changes": between two system calls a kill leaves nothing but those bytes and
 // the locks, so these stand for all instructions); and instructions as such ("instructions": a sample with a random
 // offset, or with SHMX_LONG=1 all of them up to kAllUpTo an operation).
+//
+//     kill_points [operation]     one operation, or all
+//     kill_points part parts      every parts-th operation; parts may run at the same time
 #include <sched.h>
 #include <unistd.h>
 
@@ -16,6 +19,7 @@
 #include <exception>
 #include <functional>
 #include <iostream>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -143,16 +147,38 @@ Tally kill_at_instructions(const Operation& operation, const Course& course, boo
   return tally;
 }
 
-// One after the other they are twice as fast as on two processors.
-void stay_on_one_processor() {
-  cpu_set_t one;
-  CPU_ZERO(&one);
-  CPU_SET(::sched_getcpu(), &one);
-  (void)::sched_setaffinity(0, sizeof one, &one);
+// One after the other, performer and checks are twice as fast as on two processors. Each part has one of its own.
+void stay_on_one_processor(std::size_t part) {
+  cpu_set_t all;
+  if (::sched_getaffinity(0, sizeof all, &all) != 0) return;
+  std::size_t before = part % static_cast<std::size_t>(CPU_COUNT(&all));
+  for (std::size_t processor = 0; processor < CPU_SETSIZE; ++processor) {
+    if (!CPU_ISSET(processor, &all) || before-- > 0) continue;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(processor, &one);
+    (void)::sched_setaffinity(0, sizeof one, &one);
+    return;
+  }
 }
 
-int run(int argc, char** argv) {
-  const char* const only = argc > 1 ? argv[1] : nullptr;
+struct Wanted {
+  const char* only = nullptr;
+  std::size_t part = 0;
+  std::size_t parts = 1;
+};
+
+// Nothing if the arguments make no sense.
+std::optional<Wanted> parse(int argc, char** argv) {
+  if (argc == 1) return Wanted{};
+  if (argc == 2) return Wanted{argv[1]};
+  const std::size_t part = std::strtoul(argv[1], nullptr, 10);
+  const std::size_t parts = std::strtoul(argv[2], nullptr, 10);
+  if (argc > 3 || part < 1 || part > parts) return std::nullopt;
+  return Wanted{nullptr, part - 1, parts};
+}
+
+int run(const Wanted& wanted) {
   const char* const long_run = std::getenv("SHMX_LONG");
   const bool all = long_run != nullptr && std::strcmp(long_run, "1") == 0;
   const char* const given_seed = std::getenv("SHMX_SEED");
@@ -161,8 +187,12 @@ int run(int argc, char** argv) {
   std::cout << "seed " << seed << " (SHMX_SEED)\n";
   Tally sum;
   bool found = false;
+  std::size_t number = 0;
   for (const Operation& operation : operations()) {
-    if (only != nullptr && std::strcmp(only, operation.name) != 0) continue;
+    if (wanted.only != nullptr ? std::strcmp(wanted.only, operation.name) != 0
+                               : number++ % wanted.parts != wanted.part) {
+      continue;
+    }
     found = true;
     const auto start = std::chrono::steady_clock::now();
     const Tally calls = kill_at_calls(operation);
@@ -198,6 +228,11 @@ int main(int argc, char** argv) {
     std::cerr << "no /dev/shm of our own here, which these checks need\n";
     return 77;
   }
-  shmx::test::stay_on_one_processor();
-  return shmx::test::run(argc, argv);
+  const auto wanted = shmx::test::parse(argc, argv);
+  if (!wanted) {
+    std::cerr << "usage: kill_points [operation | part parts]\n";
+    return 2;
+  }
+  shmx::test::stay_on_one_processor(wanted->part);
+  return shmx::test::run(*wanted);
 }
