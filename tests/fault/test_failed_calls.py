@@ -223,10 +223,14 @@ def main(library: str, name: str) -> None:
         call, errnos = ERRNOS.get(numbers[n], ("", ()))
         for number in errnos if every else errnos[:1]:
             pid, reader = _fork(failer, prepare)
-            failed = failer.shmx_fail_call(pid, ctypes.c_int64(n), number)
-            said = _result(pid, reader)
+            failed = failer.shmx_fail_call(pid, ctypes.c_int64(n), ctypes.c_uint64(numbers[n]), number)
+            if failed == 0:
+                said = _result(pid, reader)
+            else:
+                os.close(reader)
+                said = "it ended; standard error says how"
             points += 1
-            if failed != 0 or said:
+            if said:
                 wrong.append(f"call {n} ({call}: {errno.errorcode[number]}): {said}")
                 for path in SHM.iterdir():
                     path.unlink()

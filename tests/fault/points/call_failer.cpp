@@ -28,16 +28,18 @@ std::int64_t shmx_list_calls(int pid, std::uint64_t* numbers, std::int64_t room)
   }
 }
 
-// Fails the n-th of them. 0, or -1.
-int shmx_fail_call(int pid, std::int64_t n, int system_errno) {
+// Fails the n-th of them, if it has the number that it had in the list. Calls may be more or fewer than in that pass,
+// as other processes come and go; the last ones are those by which the child stops at the marker. 0, or -1.
+int shmx_fail_call(int pid, std::int64_t n, std::uint64_t number, int system_errno) {
   try {
     shmx::test::Tracee tracee(pid);
     bool running = true;
     for (std::int64_t count = 0; running && count <= n;) {
       running = tracee.next_call_stop();
-      if (running && tracee.call() && count++ == n) tracee.fail_call(system_errno);
+      if (!running || !tracee.call() || count++ < n) continue;
+      if (tracee.call()->number == number) tracee.fail_call(system_errno);
     }
-    // Where there were fewer calls than in the pass before it is at the marker already.
+    // Where there were fewer calls it is at the marker already.
     if (running) tracee.run_to_end();
     tracee.let_go();
     return 0;

@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 #include <system_error>
 
@@ -127,7 +128,11 @@ Tracee::Stop Tracee::resume(int request) {
   if (::ptrace(static_cast<__ptrace_request>(request), pid_, nullptr, nullptr) != 0) fail("ptrace");
   int status = 0;
   if (::waitpid(pid_, &status, 0) != pid_) fail("waitpid");
-  if (!WIFSTOPPED(status)) throw std::runtime_error("the child ended between the markers");
+  if (!WIFSTOPPED(status)) {
+    throw std::runtime_error("the child ended between the markers: " +
+                             (WIFSIGNALED(status) ? "signal " + std::to_string(WTERMSIG(status))
+                                                  : "status " + std::to_string(WEXITSTATUS(status))));
+  }
   const int signal = WSTOPSIG(status);
   if (signal == (SIGTRAP | 0x80)) return Stop::kSystemCall;
   if (signal == SIGTRAP) return Stop::kTrap;
