@@ -103,10 +103,10 @@ class Worker:
     def elements(self) -> int:
         return self.random.randint(1, 1 << self.random.randint(1, 15))
 
-    def send(self, seed: int, handles: list[shmx.SharedTensor], readers: int) -> None:
+    def send(self, seed: int, handles: list[shmx.SharedTensor], readers: int, producer: tuple[int, str]) -> None:
         """One pickle to as many mailboxes as are announced; 0 announces nothing, and one gets it."""
         with shmx.readers(readers):
-            blob = pickle.dumps((seed, readers, _born(), self.identity, handles))
+            blob = pickle.dumps((seed, readers, _born(), producer, handles))
         for slot in self.random.sample(range(self.scene.slots), max(readers, 1)):
             try:
                 self.scene.outboxes[slot].send(blob)
@@ -134,7 +134,7 @@ class Worker:
             self.count("full")
             return
         self.count("published")
-        self.send(seed, handles, self.random.choice((0, 1, 1, 1, 1, 2, 2)))
+        self.send(seed, handles, self.random.choice((0, 1, 1, 1, 1, 2, 2)), self.identity)
 
     def receive(self) -> None:
         with suppress(BlockingIOError):
@@ -157,7 +157,7 @@ class Worker:
             self.kept += [(seed + part, handles[part], view) for part, view in enumerate(views)]
         elif choice < 0.6:
             self.count("forwarded")
-            self.send(seed, handles, self.random.choice((1, 2)))
+            self.send(seed, handles, self.random.choice((1, 2)), producer)
         elif choice < 0.8:
             owned = [handle.materialize() for handle in handles]
             for handle in handles:
