@@ -278,11 +278,12 @@ class _Channel:
         self._sent = _known[group].sent
 
     def announce(self, handles: Sequence[SharedTensor | None], loads: int) -> bytes:
-        """A pickle of handles that so many ranks will load."""
+        """A pickle of handles that so many ranks will load; nothing if there are none."""
+        if not loads or not handles:
+            return b""
         with readers(loads):
             blob = pickle.dumps(handles)
-        if loads and handles:
-            self._sent.append(blob)
+        self._sent.append(blob)
         return blob
 
     @contextlib.contextmanager

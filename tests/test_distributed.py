@@ -267,6 +267,20 @@ def test_readers_are_announced_exactly_and_nothing_waits(children, tmp_path):
 # ---- failures
 
 
+def broadcast_again_and_again(rank):
+    for number in range(5):
+        objects = [pattern(number, SIZE)] if rank == 0 else [None]
+        distributed.broadcast_object_list(objects)
+        assert is_pattern(objects[0], number)
+        dist.barrier()
+    return shmx.stats()["arena"]["blocks"] if rank == 0 else None
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_block_that_all_ranks_have_loaded_is_used_again(children, tmp_path, world):
+    assert everywhere(children, tmp_path, broadcast_again_and_again, world=world)[0] == 1
+
+
 def disagree(rank):
     failed = distributed.agree([rank == 1, False, rank == 2, False])
     return failed, distributed.agree([])

@@ -145,29 +145,49 @@ def _pointer_class(original: Any) -> Any:
         def __init__(self, tensor: torch.Tensor, precomputed_hash: int | None = None) -> None:
             self._set(tensor.shape, tensor.dtype, precomputed_hash)
             self._shared = _origins.share(tensor)
-            self.shm_name = _text(self._shared, 0)
+
+        @property
+        def shm_name(self) -> str:
+            """The name of a segment of SGLang's own; of ours, a handle as text for a load that nothing announces.
+
+            Made when somebody asks: a block that an unannounced handle leads to is used again only when memory is short.
+            """
+            if not self._name and self._shared is not None and self._shared.is_available:
+                self._name = _text(self._shared, 0)
+            return self._name
+
+        @shm_name.setter
+        def shm_name(self, name: str) -> None:
+            self._name = name
 
         def _set(self, shape: Any, dtype: torch.dtype, precomputed_hash: int | None) -> None:
             self.shape = shape
             self.dtype = dtype
             self.precomputed_hash = precomputed_hash
+            self._name = ""
             self.tensor: torch.Tensor | None = None
             self._shm_handle = None
             self._materialization_error: str | None = None
 
         def __getstate__(self) -> dict[str, Any]:
-            state: dict[str, Any] = super().__getstate__()
-            if self._shared is not None:
-                # One receiver, which loads it once.
-                state["shm_name"] = _text(self._shared, 1)
-            return state
+            if self._shared is None:
+                return super().__getstate__()  # type: ignore[no-any-return]
+            # One receiver, which loads it once.
+            return self._state(_text(self._shared, 1))
+
+        def _state(self, name: Any) -> dict[str, Any]:
+            return {
+                "shm_name": name,
+                "shape": self.shape,
+                "dtype": self.dtype,
+                "precomputed_hash": self.precomputed_hash,
+            }
 
         def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
             if self._shared is None:
                 return super().__reduce_ex__(protocol)
             # The handle itself: the pickle decides how often it will be loaded.
-            state = {**super().__getstate__(), "shm_name": self._shared}
-            return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
+            return copyreg.__newobj__, (type(self),), self._state(self._shared)  # type: ignore[attr-defined]
 
         def __setstate__(self, state: dict[str, Any]) -> None:
             name = state["shm_name"]
@@ -176,7 +196,7 @@ def _pointer_class(original: Any) -> Any:
                 super().__setstate__(state)
                 return
             self._set(state["shape"], state["dtype"], state.get("precomputed_hash"))
-            self.shm_name = name if isinstance(name, str) else ""
+            self._name = name if isinstance(name, str) else ""
             # Whatever is wrong with it concerns one request, not the loop that decodes all of them.
             try:
                 self._open(name)
@@ -191,7 +211,6 @@ def _pointer_class(original: Any) -> Any:
                 raise InvalidHandleError(f"the name of a segment is text, not {type(name).__name__}")
             # A copy of a pointer releases its own handle.
             self._shared = SharedTensor(name) if isinstance(name, str) else copy.copy(name)
-            self.shm_name = _text(self._shared, 0)
             self.tensor = self._shared.view()
 
         def materialize(self) -> torch.Tensor:
