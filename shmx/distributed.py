@@ -458,9 +458,7 @@ def _receive(channel: _Channel, source: int) -> list[_Load]:
 _Abroad = Sequence[tuple[tuple[int, ...], torch.dtype] | SharedTensor]
 
 
-def _receive_handles(
-    channel: _Channel, source: int, local: bytes, abroad: _Abroad
-) -> list[SharedTensor | _Unshared]:
+def _receive_handles(channel: _Channel, source: int, local: bytes, abroad: _Abroad) -> list[SharedTensor | _Unshared]:
     neighbours = channel.hosts.neighbours(channel.rank)
     if source in neighbours:
         handles: list[SharedTensor | _Unshared] = pickle.loads(local)

@@ -140,6 +140,7 @@ def _pointer_class(original: Any) -> Any:
         """A feature in shared memory. Takes a segment of SGLang's own, too, and treats it as SGLang does."""
 
         _shared: SharedTensor | None = None
+        _name: str = ""
         _is_sglangs = False
 
         def __init__(self, tensor: torch.Tensor, precomputed_hash: int | None = None) -> None:
@@ -150,7 +151,7 @@ def _pointer_class(original: Any) -> Any:
         def shm_name(self) -> str:
             """The name of a segment of SGLang's own; of ours, a handle as text for a load that nothing announces.
 
-            Made when somebody asks: a block that an unannounced handle leads to is used again only when memory is short.
+            Made when somebody asks, as a block that an unannounced handle leads to is used again only under pressure.
             """
             if not self._name and self._shared is not None and self._shared.is_available:
                 self._name = _text(self._shared, 0)
