@@ -26,7 +26,7 @@ import torch.distributed as dist
 from shmx._core import SharedTensor, readers
 from shmx.arena import chosen_backend, discard_blob, empty, note_inline_fallback, share
 from shmx.device import materialize_many
-from shmx.errors import ArenaFullError, InvalidHandleError
+from shmx.errors import ArenaFullError, InvalidHandleError, ShmxError
 from shmx.pickling import put_together, take_apart
 
 __all__ = ["agree", "broadcast_object_list", "fan_out"]
@@ -390,18 +390,27 @@ def _send(channel: _Channel, objects: Sequence[Any], min_bytes: int | None) -> N
     neighbours = channel.hosts.neighbours(channel.rank)
     leaders = channel.hosts.leaders(channel.rank)
     local = channel.announce(handles, len(neighbours) - 1)
-    abroad = [(handle.shape, handle.dtype) if handle.is_available else handle for handle in handles] if leaders else []
+    # What is told to other hosts must be what is sent to them, whoever revokes a block meanwhile.
+    views = [_view(handle) for handle in handles] if leaders else []
+    abroad = [
+        handle if view is None else (handle.shape, handle.dtype) for handle, view in zip(handles, views, strict=False)
+    ]
     content = pickle.dumps((streams, len(handles), local, abroad), pickle.HIGHEST_PROTOCOL)
     with channel.unbroken():
         channel.broadcast(content)
         under_way = [
-            channel.start_send(handle.view(), leader)
-            for leader in leaders
-            for handle in handles
-            if handle.is_available and handle.nbytes
+            channel.start_send(view, leader) for leader in leaders for view in views if view is not None and view.nbytes
         ]
         for work, _ in under_way:
             work.wait()
+
+
+def _view(handle: SharedTensor) -> torch.Tensor | None:
+    """The tensor of a handle that has data."""
+    try:
+        return handle.view()
+    except ShmxError:
+        return None
 
 
 # ---- the other ranks ----
