@@ -23,10 +23,7 @@ constexpr std::uint32_t kEntriesAhead = 64;
 // Below this capacity there is little to gain, and every byte ahead of need is missing elsewhere.
 constexpr std::uint64_t kSmallestGrowingAhead = 64U << 20;
 
-std::uint64_t page_size() {
-  static const auto size = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
-  return size;
-}
+std::uint64_t page_size() { return static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE)); }
 
 std::uint64_t whole_pages(std::uint64_t bytes) { return (bytes + page_size() - 1) / page_size() * page_size(); }
 

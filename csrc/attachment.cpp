@@ -77,7 +77,8 @@ Attachment::Attachment(ControlSegment control, PeerLock lock, PeerSlot slot)
       lock_(std::move(lock)),
       slot_(slot),
       counts_(static_cast<std::uint32_t*>(std::calloc(kMaxBlocks, sizeof(std::uint32_t)))),
-      segments_(std::make_unique<DataMapping[]>(kMaxSegments)) {
+      segments_(std::make_unique<DataMapping[]>(kMaxSegments)),
+      owner_probed_(ticks_now() - kTicksPerSecond) {
   if (!counts_) throw std::bad_alloc();
 }
 
@@ -433,12 +434,16 @@ bool Attachment::child_after_fork() noexcept {
   const ForkPlan plan = std::exchange(fork_plan_, ForkPlan::kNone);
   if (plan != ForkPlan::kJoins) {
     control_.file().close();
-    inert_.store(true, std::memory_order_relaxed);
+    // What had left before may have views of its pages still.
+    const bool unused = !inert_.exchange(true, std::memory_order_relaxed) && plan == ForkPlan::kNone;
     left_out_of_fork_.store(plan == ForkPlan::kLeftOut, std::memory_order_relaxed);
-    if (plan == ForkPlan::kLeftOut) {
+    for (std::uint32_t slot = 0; slot < kMaxSegments; ++slot) {
+      // Memory that nothing here refers to would stay taken for as long as this child lives.
+      if (unused) segments_[slot].mapping.reset();
       // MADV_DONTFORK left holes there, which something else may fill.
-      for (std::uint32_t slot = 0; slot < kMaxSegments; ++slot) segments_[slot].mapping.forget();
+      if (plan == ForkPlan::kLeftOut) segments_[slot].mapping.forget();
     }
+    if (unused) control_.forget_content();
     return false;
   }
   control_.file().renew();  // or a lock probed for here would be the parent's, too

@@ -212,7 +212,7 @@ class Attachment : public std::enable_shared_from_this<Attachment> {
   unsigned pin_turns_ = 0;           // guarded by probe_mutex()
   std::atomic<bool> pinning_{true};
   std::atomic<std::uint32_t> trims_seen_{0};
-  std::atomic<Ticks> owner_probed_{0};
+  std::atomic<Ticks> owner_probed_;
 
   ForkPlan fork_plan_ = ForkPlan::kNone;
   PeerLock child_lock_;

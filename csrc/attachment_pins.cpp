@@ -11,7 +11,7 @@ namespace shmx {
 namespace {
 
 std::uint64_t whole_pages(std::uint64_t bytes) {
-  static const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+  const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
   return (bytes + page - 1) / page * page;
 }
 

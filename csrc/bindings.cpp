@@ -1229,6 +1229,7 @@ PYBIND11_MODULE(_core, module) {
   using namespace shmx;
   using namespace pybind11::literals;
 
+  prepare_process();
   py::options options;
   options.disable_function_signatures();
   py::register_exception_translator(&translate_errors);

@@ -21,6 +21,14 @@ constexpr std::uint32_t kTableStep = 256;
 // In a file that holds everything, segments begin where a huge page can.
 constexpr std::uint64_t kSegmentAlignment = 2U << 20;
 
+// Forked children keep the mapping, and with it its open file description. The descriptor, through which slots are
+// probed, has another one: or a slot that a process was probing when it was killed would pass for a live peer as long
+// as such a child lives.
+Mapping map_control(SegmentFile& file, std::uint64_t bytes) {
+  const UniqueFd fd = file.open_again();
+  return {fd.get(), file.name(), ByteCount{bytes}, Access::kReadWrite};
+}
+
 }  // namespace
 
 ControlSegment::ControlSegment(ArenaId arena, SegmentFile file, FileIdentity identity, Mapping mapping)
@@ -40,7 +48,7 @@ ControlSegment ControlSegment::create(ArenaId arena, const ControlOptions& optio
     if (options.group) open_to_group(file.fd(), name, *options.group);
     size_segment(file.fd(), name, ByteCount{kControlBytes});
     reserve_segment(file.fd(), name, 0, ByteCount{kHeaderBytes}, options.backend);
-    Mapping mapping(file.fd(), name, ByteCount{kControlBytes}, Access::kReadWrite);
+    Mapping mapping = map_control(file, kControlBytes);
     const FileIdentity identity = file_facts(file.fd(), name).identity;
     ControlSegment control(arena, std::move(file), identity, std::move(mapping));
     ControlHeader& header = control.header();
@@ -76,7 +84,7 @@ std::optional<ControlSegment> ControlSegment::open(ArenaId arena, DescriptorPlac
     throw Error(ErrorCode::kSegmentLost, "arena " + name + " is not ready: its creation was interrupted", ENOENT);
   }
   SegmentFile file(name, std::move(*fd), place);
-  Mapping mapping(file.fd(), name, ByteCount{std::min(facts.bytes, kControlBytes)}, Access::kReadWrite);
+  Mapping mapping = map_control(file, std::min(facts.bytes, kControlBytes));
   ControlSegment control(arena, std::move(file), facts.identity, std::move(mapping));
   const ControlHeader& header = control.header();
   // acquire: pairs with publish(); the fields below are complete once the magic is there.

@@ -242,10 +242,14 @@ void copy_non_temporal(void* destination, const void* source, std::size_t bytes)
   fence();
 }
 
-Destination destination_after(std::uint64_t bytes, Ticks time) {
-  // Part of the last level of the cache, which others use too: after a tick (16 ms) they have used all of it.
+std::uint64_t remembered_bytes() {
   static const std::uint64_t remembered = cache_bytes(3, 32U << 20) / 4;
-  return bytes <= remembered && time == 0 ? Destination::kHot : Destination::kCold;
+  return remembered;
+}
+
+Destination destination_after(std::uint64_t bytes, Ticks time) {
+  // After a tick (16 ms) others have used all of it.
+  return bytes <= remembered_bytes() && time == 0 ? Destination::kHot : Destination::kCold;
 }
 
 void copy_bytes(void* destination, const void* source, std::size_t bytes, Destination where) {

@@ -10,6 +10,8 @@ namespace shmx {
 
 // Whether the destination was written so short a time ago that the cache may hold it yet.
 enum class Destination : std::uint8_t { kHot, kCold };
+// Part of the last level of the cache, which others use too: what was written longer ago is not in it.
+[[nodiscard]] std::uint64_t remembered_bytes();
 // Of a place that was written so many bytes ago, the ones that it gets now included, and so much time.
 [[nodiscard]] Destination destination_after(std::uint64_t bytes, Ticks time);
 

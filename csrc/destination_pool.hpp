@@ -10,6 +10,7 @@
 
 #include "block_state.hpp"
 #include "copy.hpp"
+#include "host.hpp"
 #include "process.hpp"
 
 namespace shmx {
@@ -56,7 +57,7 @@ class DestinationPool : public ForkParticipant {
   std::uint64_t kept_bytes_ = 0;
   std::uint64_t written_ = 0;  // bytes of all pieces taken
   std::uint64_t limit_;
-  Ticks last_decay_ = 0;
+  Ticks last_decay_ = ticks_now();
 };
 
 }  // namespace shmx

@@ -111,7 +111,7 @@ ProbeLock::~ProbeLock() {
   if (fd_ < 0) return;
   struct flock request = lock_request(F_UNLCK, slot_);
   // The kernel may have no memory for it at this moment (ENOLCK), and a slot that stays locked would pass for a live
-  // peer. To close the descriptor would not help: the mapping of the control segment keeps its description.
+  // peer. The descriptor stays open: others may open a file without a name through it.
   constexpr int kMostAttempts = 1000;
   for (int i = 0; i < kMostAttempts && ::fcntl(fd_, F_OFD_SETLK, &request) != 0; ++i) ::sched_yield();
 }

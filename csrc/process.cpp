@@ -10,6 +10,11 @@
 #include <unordered_map>
 
 #include "attachment.hpp"
+#include "copy.hpp"
+#include "destination_pool.hpp"
+#include "host.hpp"
+#include "in_flight.hpp"
+#include "pinned.hpp"
 #include "reaper.hpp"
 
 namespace shmx {
@@ -99,6 +104,22 @@ Process::Process() {
 }
 
 }  // namespace
+
+void prepare_process() noexcept {
+  const auto attempt = [](auto... makers) {
+    const auto one = [](auto make) {
+      try {
+        (void)make();
+      } catch (const std::exception&) {
+        return;  // whoever needs it tries again, and tells
+      }
+    };
+    (one(makers), ...);
+  };
+  attempt(&process, &non_temporal_thresholds, &remembered_bytes, &host_id, &process_space_id, &memory_cgroup_room,
+          &huge_pages_allowed, &huge_pages_for_nameless, &InFlight::instance, &Pinner::instance,
+          &DestinationPool::instance);
+}
 
 bool process_joined() {
   // relaxed: written before any thread could differ about it.

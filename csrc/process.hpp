@@ -18,6 +18,10 @@ class Attachment;
 class Hold;
 struct MessageId;
 
+// Makes what is made once per process and found out once per machine, when the module is imported. A child forked while
+// another thread was making one of these at first use would wait for that thread for ever.
+void prepare_process() noexcept;
+
 // False in a child made by a raw clone, where no at-fork handler ran: such a process must touch neither shared
 // memory nor names.
 [[nodiscard]] bool process_joined();

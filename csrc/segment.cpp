@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <charconv>
 #include <climits>
+#include <csignal>
 #include <cstring>
 #include <fstream>
 #include <map>
@@ -56,6 +57,31 @@ std::string link_of(const std::string& name) {
 
 std::string path_of(DescriptorPlace place) {
   return "/proc/" + std::to_string(place.pid) + "/fd/" + std::to_string(place.fd);
+}
+
+// For a range whose allocation a signal has interrupted: Linux before 6.11 gives back what it has then, so that under a
+// timer a long one would never be done. False, with errno and nothing taken, if there is no room.
+bool allocate_in_pieces(int fd, std::uint64_t offset, std::uint64_t bytes) {
+  constexpr std::uint64_t kPiece = 8U << 20;
+  sigset_t all;
+  sigset_t before;
+  ::sigfillset(&all);
+  for (std::uint64_t done = 0; done < bytes;) {
+    const std::uint64_t piece = std::min(kPiece, bytes - done);
+    ::pthread_sigmask(SIG_SETMASK, &all, &before);
+    const int result = ::fallocate(fd, 0, static_cast<off_t>(offset + done), static_cast<off_t>(piece));
+    const int failure = result == 0 ? 0 : errno;
+    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (failure == EINTR) continue;
+    if (failure != 0) {
+      (void)::fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset),
+                        static_cast<off_t>(bytes));
+      errno = failure;
+      return false;
+    }
+    done += piece;
+  }
+  return true;
 }
 
 std::string path_of(int own_fd) { return "/proc/self/fd/" + std::to_string(own_fd); }
@@ -222,11 +248,8 @@ void reserve_segment(int fd, const std::string& name, std::uint64_t offset, Byte
                          "the machine has only " + human_bytes(available_memory()) +
                              " of memory available; release handles, or lower SHMX_CAPACITY");
   }
-  int result = 0;
-  do {
-    result = ::fallocate(fd, 0, static_cast<off_t>(offset), static_cast<off_t>(value(bytes)));
-  } while (result != 0 && errno == EINTR);
-  if (result == 0) return;
+  if (::fallocate(fd, 0, static_cast<off_t>(offset), static_cast<off_t>(value(bytes))) == 0) return;
+  if (errno == EINTR && allocate_in_pieces(fd, offset, value(bytes))) return;
   if (backend == Backend::kMemfd && (errno == ENOSPC || errno == ENOMEM)) {
     throw no_space_error(name, value(bytes), "the machine is out of memory; release handles, or lower SHMX_CAPACITY");
   }
@@ -371,7 +394,8 @@ std::string huge_page_modes(const char* which) {
   return modes;
 }
 
-// False where the administrator has turned huge pages off.
+}  // namespace
+
 bool huge_pages_allowed() {
   static const bool allowed = [] {
     const std::string modes = huge_page_modes("enabled");
@@ -380,7 +404,6 @@ bool huge_pages_allowed() {
   return allowed;
 }
 
-// A mount at /dev/shm decides for itself; files without a name go by this setting.
 bool huge_pages_for_nameless() {
   static const bool given = [] {
     const std::string modes = huge_page_modes("shmem_enabled");
@@ -388,8 +411,6 @@ bool huge_pages_for_nameless() {
   }();
   return given;
 }
-
-}  // namespace
 
 void prefault(std::byte* base, std::uint64_t bytes) {
   // Entries of a shared mapping of tmpfs are writable even if they were made for reading, which takes half the time of

@@ -153,6 +153,11 @@ class Mapping {
   std::uint64_t bytes_ = 0;
 };
 
+// False where the administrator has turned huge pages off.
+[[nodiscard]] bool huge_pages_allowed();
+// A mount at /dev/shm decides for itself; files without a name go by this setting.
+[[nodiscard]] bool huge_pages_for_nameless();
+
 // Enters the pages of a range into this process's page table, so that first use does not fault: pages that exist, or
 // pages that were reserved just now. Best effort: kernels before 5.14 do without.
 void prefault(std::byte* base, std::uint64_t bytes);

@@ -1,11 +1,15 @@
 // What a forked child inherits, and what it must leave alone.
 #include <doctest/doctest.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cstring>
+#include <fstream>
+#include <iterator>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -309,6 +313,57 @@ TEST_CASE("a child without a slot works with other arenas") {
     published.made.hold.release();
     leave_all();
   });
+  child.join();
+}
+
+TEST_CASE("rule 6: a slot that a process was probing when it was killed is free, although a child of it lives") {
+  LinePair far = make_line();
+  Child prober([&](Line& line) {
+    const Published own;  // inherited with its hold, so that the child stays in the arena
+    const Child idle([&](Line&) {
+      ::prctl(PR_SET_PDEATHSIG, 0);  // this child outlives its parent
+      far.second.say(static_cast<std::uint64_t>(::getpid()));
+      (void)far.second.hear();
+    });
+    far.second = Line();
+    line.say(value(own.id()));
+    (void)line.hear();
+    const auto probe = ProbeLock::try_take(own.control().file(), PeerSlot{7});
+    expect(probe.has_value());
+    line.say(1);
+    (void)line.hear();
+  });
+  far.second = Line();
+  auto control = ControlSegment::open(ArenaId{prober.hear()});
+  REQUIRE(control);
+  const auto idle = static_cast<pid_t>(far.first.hear());
+  prober.say(1);
+  CHECK(prober.hear() == 1);
+  CHECK(is_alive(control->file(), PeerSlot{7}));
+  prober.kill();
+  CHECK_FALSE(is_alive(control->file(), PeerSlot{7}));
+  far.first.say(1);
+  CHECK(::waitpid(idle, nullptr, 0) == idle);
+  (void)reap_all(Expiry::kNow);
+  CHECK_FALSE(name_exists(control->name()));
+}
+
+TEST_CASE("a child that uses nothing of an arena keeps none of its memory") {
+  Published published;
+  published.made.hold.release();
+  Child child([&](Line& line) {
+    std::ifstream maps("/proc/self/maps");
+    const std::string all{std::istreambuf_iterator<char>(maps), {}};
+    expect(!all.empty() && all.find(published.arena->name()) == std::string::npos);
+    expect(published.control().block_count() == 0);
+    expect(code_of([&] { return published.arena->allocate(ByteCount{1}); }) == ErrorCode::kReleased);
+    line.say(1);
+    (void)line.hear();
+    published.arena.reset();
+  });
+  CHECK(child.hear() == 1);
+  CHECK(published.arena->allocate(ByteCount{5000}).hold.held());
+  child.say(1);
   child.join();
 }
 

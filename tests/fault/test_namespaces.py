@@ -183,5 +183,37 @@ def test_a_time_to_live_is_counted_by_the_boot_clock_alone(children: Children, s
     assert not segments()
 
 
+# A peer whose owner was killed; its releases are all that can remove the arena.
+_LAST_PEER = """
+import os, pickle, subprocess, sys, time
+owner = (
+    "import pickle, time, torch, shmx\\n"
+    "handle = shmx.share(torch.ones(4))\\n"
+    "print(pickle.dumps(handle).hex(), flush=True)\\n"
+    "time.sleep(600)"
+)
+process = subprocess.Popen([sys.executable, "-c", owner], stdout=subprocess.PIPE, text=True)
+blob = bytes.fromhex(process.stdout.readline())
+process.kill()
+process.wait()
+deadline = time.monotonic() + 30
+while time.monotonic() < deadline and any(name.startswith("shmx-") for name in os.listdir("/dev/shm")):
+    pickle.loads(blob)
+sys.exit(time.monotonic() >= deadline)
+"""
+
+
+@pytest.mark.needs_names
+@pytest.mark.parametrize("days", [0, 394])
+def test_the_last_peer_removes_an_orphan_however_long_the_machine_has_been_up(days, segments):
+    """Ticks are 32 bits wide: after 388 days the upper half begins, after 776 days they begin anew."""
+    offset = str(days * 86400)
+    if (reason := refusal("--time", "--boottime", offset)) is not None:
+        pytest.skip(reason)
+    command = ["unshare", "--time", "--boottime", offset, "--fork", sys.executable, "-c", _LAST_PEER]
+    subprocess.run(command, check=True, timeout=BOUND_S)
+    assert not segments()
+
+
 if __name__ == "__main__":
     obey()
