@@ -112,7 +112,7 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   void close();
   // Waits until nothing more is to be taken ahead of need. Not at the same time as close().
   void wait_for_growth();
-  // Ends growth ahead of need; waits for the step that is under way.
+  // No more allocation, nor growth ahead of need; waits for the step that is under way.
   void stop_growing();
   // Also after the process has left all its arenas.
   [[nodiscard]] bool closed() const { return closed_.load(std::memory_order_relaxed) || !attachment_->usable(); }

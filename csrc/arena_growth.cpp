@@ -186,6 +186,7 @@ void Arena::stop_growing() {
   std::unique_ptr<Grower> ended;
   {
     const std::lock_guard guard(mutex_);
+    closed_.store(true, std::memory_order_relaxed);
     ended = std::move(grower_);
   }
   // Its destructor waits for a step, which takes the locks.
