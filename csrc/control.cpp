@@ -23,7 +23,7 @@ constexpr std::uint64_t kSegmentAlignment = 2U << 20;
 
 // Forked children keep the mapping, and with it its open file description. The descriptor, through which slots are
 // probed, has another one: or a slot that a process was probing when it was killed would pass for a live peer as long
-// as such a child lives.
+// as such a child lives. Throws SegmentLost if the file has lost its name.
 Mapping map_control(SegmentFile& file, std::uint64_t bytes) {
   const UniqueFd fd = file.open_again();
   return {fd.get(), file.name(), ByteCount{bytes}, Access::kReadWrite};
@@ -84,7 +84,14 @@ std::optional<ControlSegment> ControlSegment::open(ArenaId arena, DescriptorPlac
     throw Error(ErrorCode::kSegmentLost, "arena " + name + " is not ready: its creation was interrupted", ENOENT);
   }
   SegmentFile file(name, std::move(*fd), place);
-  Mapping mapping = map_control(file, std::min(facts.bytes, kControlBytes));
+  Mapping mapping;
+  try {
+    mapping = map_control(file, std::min(facts.bytes, kControlBytes));
+  } catch (const Error& error) {
+    // Removed since it was opened, by whoever was entitled to.
+    if (error.code() != ErrorCode::kSegmentLost || !place.none()) throw;
+    return std::nullopt;
+  }
   ControlSegment control(arena, std::move(file), facts.identity, std::move(mapping));
   const ControlHeader& header = control.header();
   // acquire: pairs with publish(); the fields below are complete once the magic is there.
