@@ -320,10 +320,12 @@ class _Channel:
         dist.broadcast(moved, group_src=source, group=self.group)
         return moved.cpu()
 
-    def start_send(self, data: torch.Tensor, to: int) -> tuple[Any, torch.Tensor]:
-        """Begin to send the bytes of a tensor; the result is to be waited for, and kept until then."""
-        moved = _bytes_of(data).to(self.device)
-        return dist.isend(moved, group_dst=to, group=self.group), moved
+    def send(self, tensors: Sequence[torch.Tensor], to: Sequence[int]) -> None:
+        """Send the bytes of tensors to each of some ranks; for an empty one nothing is sent or received."""
+        moved = [_bytes_of(tensor).to(self.device) for tensor in tensors if tensor.nbytes]
+        works: list[Any] = [dist.isend(one, group_dst=rank, group=self.group) for rank in to for one in moved]
+        for work in works:
+            work.wait()
 
     def receive_into(self, data: torch.Tensor, source: int) -> None:
         """Receive the bytes of a contiguous tensor."""
@@ -398,11 +400,7 @@ def _send(channel: _Channel, objects: Sequence[Any], min_bytes: int | None) -> N
     content = pickle.dumps((streams, len(handles), local, abroad), pickle.HIGHEST_PROTOCOL)
     with channel.unbroken():
         channel.broadcast(content)
-        under_way = [
-            channel.start_send(view, leader) for leader in leaders for view in views if view is not None and view.nbytes
-        ]
-        for work, _ in under_way:
-            work.wait()
+        channel.send([view for view in views if view is not None], leaders)
 
 
 def _view(handle: SharedTensor) -> torch.Tensor | None:
@@ -483,14 +481,9 @@ def _republish(
     """Receive the bytes from another host and publish them on this one."""
     handles = [_receive_tensor(channel, source, *one) if isinstance(one, tuple) else one for one in abroad]
     blob = channel.announce([None if isinstance(one, _Unshared) else one for one in handles], len(others))
-    inline = [one.tensor for one in handles if isinstance(one, _Unshared)]
-    under_way = [
-        channel.start_send(content, other)
-        for other in others
-        for content in (torch.tensor([len(blob)]), _tensor_of(blob), *inline)
-    ]
-    for work, _ in under_way:
-        work.wait()
+    if others:
+        inline = [one.tensor for one in handles if isinstance(one, _Unshared)]
+        channel.send([torch.tensor([len(blob)]), _tensor_of(blob), *inline], others)
     return handles
 
 

@@ -160,12 +160,17 @@ def test_the_counter_sees_what_torch_sends_to_each_rank(children, two_hosts, tmp
         rank.result()
 
 
-@pytest.mark.parametrize("two_hosts", [(256 * MIB, 2 * MIB)], indirect=True)
-def test_a_host_without_room_passes_the_bytes_on(children, two_hosts, tmp_path):
+@pytest.mark.parametrize(
+    ("two_hosts", "sizes"),
+    [((256 * MIB, 2 * MIB), [4 * MIB, 128 << 10, 3 * MIB]), ((256 * MIB, 16 << 10), [MIB, 0])],
+    indirect=["two_hosts"],
+    ids=["too-little", "none, and an empty tensor"],
+)
+def test_a_host_without_room_passes_the_bytes_on(children, two_hosts, tmp_path, sizes):
     ranks = start(children, two_hosts, tmp_path, broadcast_on_demand, 0)
     assert [rank.receive() for rank in ranks] == ["ready"] * 4
     for number in (1, 2, 3):
-        assert one_round(ranks, number, [4 * MIB, 128 << 10, 3 * MIB]) == [True] * 4
+        assert one_round(ranks, number, sizes) == [True] * 4
     finish(two_hosts, ranks)
 
 
