@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import statistics
@@ -163,8 +164,6 @@ def in_installed_package(connection, target):
 
 
 def round_trips(sgl):
-    import copy
-
     tensor = pattern(1).reshape(16, -1)
     pointer = sgl.mm.ShmPointerMMData(tensor, precomputed_hash=7)
     state = pointer.__getstate__()
@@ -295,6 +294,49 @@ def decode_garbage(sgl):
 
 def test_decoding_garbage_raises_nothing(children):
     assert in_package(children, decode_garbage)
+
+
+def decoded(sgl, name, tensor):
+    one = sgl.mm.ShmPointerMMData.__new__(sgl.mm.ShmPointerMMData)
+    one.__setstate__({"shm_name": name, "shape": tensor.shape, "dtype": tensor.dtype, "precomputed_hash": 7})
+    return one
+
+
+def passed_on(sgl, pointer):
+    """What comes of a pointer in the next process, by pickle and in a request by msgpack."""
+    request = sglang_engine.request(1, [pointer])
+    request.wrap_pickle_fields()
+    (item,) = sgl.io.msgpack_decode(sgl.io.msgpack_encode(request)).mm_inputs.mm_items
+    return pickle.loads(pickle.dumps(pointer)), item.feature
+
+
+def pass_on_what_cannot_be_opened(sgl):
+    found = []
+    for name in (None, 5, b"U1gB", "", "U1gBnonsense", "no-such-segment"):
+        first = decoded(sgl, name, pattern(1))
+        for one in (first, *passed_on(sgl, first)):
+            with pytest.raises(RuntimeError):
+                one.materialize()
+            found.append((name, one._is_sglangs))
+    return found
+
+
+def test_whether_a_segment_is_sglangs_is_the_same_wherever_the_pointer_has_been(children):
+    found = in_package(children, pass_on_what_cannot_be_opened)
+    assert found == [(name, name == "no-such-segment") for name, _ in found]
+
+
+def pass_on_an_inline_tensor(sgl):
+    pointer = decoded(sgl, pattern(3), pattern(3))
+    for one in (*passed_on(sgl, pointer), copy.copy(pointer), copy.deepcopy(pointer), pointer):
+        assert not one._is_sglangs and one.precomputed_hash == 7
+        assert is_pattern(one.materialize(), 3)
+        one.close_and_unlink()
+    return [one._is_sglangs for one in passed_on(sgl, pointer)]
+
+
+def test_a_pointer_keeps_its_inline_tensor_when_it_is_passed_on(children):
+    assert in_package(children, pass_on_an_inline_tensor) == [False, False]
 
 
 def be_full(sgl):

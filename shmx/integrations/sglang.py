@@ -171,10 +171,14 @@ def _pointer_class(original: Any) -> Any:
             self._materialization_error: str | None = None
 
         def __getstate__(self) -> dict[str, Any]:
-            if self._shared is None:
+            if self._is_sglangs:
                 return super().__getstate__()  # type: ignore[no-any-return]
             # One receiver, which loads it once.
-            return self._state(_text(self._shared, 1))
+            return self._state(self._unshared() if self._shared is None else _text(self._shared, 1))
+
+        def _unshared(self) -> Any:
+            """What stands for a handle where there is none: a tensor that came inline, or what cannot be opened."""
+            return self._name if self.tensor is None else self.tensor
 
         def _state(self, name: Any) -> dict[str, Any]:
             return {
@@ -185,15 +189,18 @@ def _pointer_class(original: Any) -> Any:
             }
 
         def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-            if self._shared is None:
+            if self._is_sglangs:
                 return super().__reduce_ex__(protocol)
             # The handle itself: the pickle decides how often it will be loaded.
-            return copyreg.__newobj__, (type(self),), self._state(self._shared)  # type: ignore[attr-defined]
+            name = self._unshared() if self._shared is None else self._shared
+            return copyreg.__newobj__, (type(self),), self._state(name)  # type: ignore[attr-defined]
 
         def __setstate__(self, state: dict[str, Any]) -> None:
             name = state["shm_name"]
-            if isinstance(name, str) and not name.startswith(TEXT_PREFIX):
-                self._is_sglangs = True
+            # Ranks must agree on this, wherever they have it from. An empty name is ours: that of a pointer that could
+            # not be decoded.
+            self._is_sglangs = isinstance(name, str) and name != "" and not name.startswith(TEXT_PREFIX)
+            if self._is_sglangs:
                 super().__setstate__(state)
                 return
             self._set(state["shape"], state["dtype"], state.get("precomputed_hash"))
