@@ -13,6 +13,7 @@ import io
 import os
 import pickle
 import struct
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -77,7 +78,7 @@ def broadcast_object_list(
         travel inline, counted and warned of as for :func:`shmx.wrap`.
     on_error
         What becomes of an object that cannot be restored on this rank. ``"raise"``: its error is raised once the
-        others have been restored. ``"return"``: the error takes its place; see :func:`agree`.
+        others have been restored. ``"return"``: the error takes its place, without traceback; see :func:`agree`.
 
     Raises
     ------
@@ -108,16 +109,24 @@ def broadcast_object_list(
             f"rank {group_src} broadcast {len(sent)} objects, this rank has room for {len(object_list)}; "
             "give lists of equal length"
         )
-    errors = []
-    for index, load in enumerate(sent):
+    failure: Exception | None = None
+    for index in range(len(sent)):
         try:
-            object_list[index] = load()
+            object_list[index] = sent[index]()
         # Whatever an object raises when it is restored is that object's failure.
         except Exception as error:
-            object_list[index] = error
-            errors.append(error)
-    if errors and on_error == "raise":
-        raise errors[0]
+            # They refer to all handles of the broadcast, and live as long as the error.
+            traceback.clear_frames(error.__traceback__)
+            object_list[index] = error if on_error == "raise" else error.with_traceback(None)
+            if failure is None:
+                failure = error
+    sent.clear()
+    try:
+        if failure is not None and on_error == "raise":
+            raise failure
+    finally:
+        # Else the error refers to this frame, and the frame to the error.
+        del failure, object_list
 
 
 def agree(
@@ -196,10 +205,14 @@ def fan_out(
         tensors = materialize_many(handles, device) if leads else _room_for(handles, device)
     except Exception as error:
         failure = error
-    if any(agree([failure is not None], group)):
-        if failure is not None:
-            raise failure
-        return tensors if leads else materialize_many(handles, device)
+    try:
+        if any(agree([failure is not None], group)):
+            if failure is not None:
+                raise failure
+            return tensors if leads else materialize_many(handles, device)
+    finally:
+        # Else the error refers to this frame, which has the handles, and the frame to the error.
+        del failure
     works = [
         dist.broadcast(_bytes_of(tensor), group_src=0, group=group, async_op=True)
         for tensor in tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import io
@@ -312,6 +313,62 @@ def test_an_object_that_fails_on_one_rank_leaves_the_others_alone(children, tmp_
         (True, raised, mask),
         (True, "", mask),
     ]
+
+
+def keep_the_error(rank, on_error):
+    gc.disable()
+    objects = [shmx.share(pattern(1)), [pattern(2), Broken([1, 2])]] if rank == 0 else [None, None]
+    kept = None
+    try:
+        distributed.broadcast_object_list(objects, on_error=on_error)
+    except LookupError as error:
+        kept = error
+    assert rank == 0 or "on purpose" in str(kept or objects[1])
+    held = [held_by_all(rank)]
+    objects.pop(0)
+    held.append(held_by_all(rank))
+    del kept, objects
+    return held
+
+
+def drop_the_error(rank):
+    gc.disable()
+    objects = [shmx.share(pattern(1)), Broken([1, 2])] if rank == 0 else [None, None]
+    with contextlib.suppress(LookupError):
+        distributed.broadcast_object_list(objects)
+    del objects
+    return held_by_all(rank)
+
+
+def held_by_all(rank):
+    dist.barrier()
+    held = shmx.stats()["arena"]["held_blocks"] if rank == 0 else None
+    dist.barrier()
+    return held
+
+
+@pytest.mark.parametrize("on_error", ["raise", "return"])
+def test_an_error_that_somebody_keeps_holds_no_block(children, tmp_path, on_error):
+    # That of the handle among the objects, as long as those live.
+    assert everywhere(children, tmp_path, keep_the_error, on_error)[0] == [1, 0]
+
+
+def test_no_hold_waits_for_a_garbage_collection_where_an_object_has_failed(children, tmp_path):
+    assert everywhere(children, tmp_path, drop_the_error)[0] == 0
+
+
+def fail_to_fan_out(rank):
+    gc.disable()
+    handles = [shmx.share(pattern(1)), shmx.share(pattern(2))]
+    handles[1].release()
+    with contextlib.suppress(shmx.ReleasedError):
+        distributed.fan_out(handles, "cpu")
+    del handles
+    return shmx.stats()["arena"]["held_blocks"]
+
+
+def test_a_fan_out_that_has_failed_holds_no_block(children, tmp_path):
+    assert everywhere(children, tmp_path, fail_to_fan_out, world=2) == [0, 0]
 
 
 def send_revoked(rank):
