@@ -14,6 +14,7 @@ import os
 import pickle
 import struct
 import traceback
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,8 @@ def broadcast_object_list(
     Large CPU tensors and numpy arrays in the objects, at any depth, leave the pickle as in :func:`shmx.dumps`: they are
     copied once into the arena of the source, and every rank copies them out into private, writable memory. Nothing
     waits for that, and nobody needs a barrier. Handles that are in the objects stay handles; on other hosts they are
-    handles of copies.
+    handles of copies. What the first rank of another host cannot publish there goes to its neighbours inline, a
+    tensor in the place of a handle, and that rank warns.
 
     Parameters
     ----------
@@ -503,16 +505,25 @@ def _republish(
 def _receive_tensor(
     channel: _Channel, source: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> SharedTensor | _Unshared:
+    # It has been sent, so it must be received whatever happens here, and passed on to those that wait for it.
     try:
         memory = empty(shape, dtype=dtype)
-    except ArenaFullError as error:
-        # It has been sent, so it must be received.
-        note_inline_fallback(1, error)
+    except Exception:
+        # `share` says why.
         memory = torch.empty(shape, dtype=dtype)
-        channel.receive_into(memory, source)
-        return _Unshared(memory)
     channel.receive_into(memory, source)
-    return share(memory)
+    try:
+        return share(memory)
+    except ArenaFullError as error:
+        note_inline_fallback(1, error)
+    except Exception as error:
+        warnings.warn(
+            f"shmx: tensors from rank {source} are passed on to the other ranks of this host inline, which is slow, "
+            f"because they cannot be published: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=6,
+        )
+    return _Unshared(memory)
 
 
 def _take_over(channel: _Channel, leader: int, abroad: _Abroad) -> list[SharedTensor | _Unshared]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
 import pickle
+import warnings
 import zlib
 
 import pytest
@@ -172,6 +174,34 @@ def test_a_host_without_room_passes_the_bytes_on(children, two_hosts, tmp_path, 
     for number in (1, 2, 3):
         assert one_round(ranks, number, sizes) == [True] * 4
     finish(two_hosts, ranks)
+
+
+def broadcast_without_an_arena(connection, folder, rank):
+    """The first rank of the second host loses its arena; answers what came, and what it was warned of."""
+    join(folder, rank)
+    for number, size in enumerate([MIB, 80 * MIB]):
+        objects = [{"tensor": pattern(number, size), "empty": shmx.share(torch.empty(0))}] if rank == 0 else [None]
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            distributed.broadcast_object_list(objects)
+        right = is_pattern(objects[0]["tensor"], number)
+        del objects
+        dist.barrier()
+        if rank == 2 and number == 0:
+            for name in os.listdir("/dev/shm"):
+                os.unlink(f"/dev/shm/{name}")
+    connection.send([right, [str(one.message).count("SegmentLostError") for one in warned]])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.needs_names
+def test_a_host_that_cannot_publish_passes_the_bytes_on_and_warns(children, two_hosts, tmp_path):
+    ranks = start(children, two_hosts, tmp_path, broadcast_without_an_arena)
+    answers = [rank.receive() for rank in ranks]
+    assert answers == [[True, []], [True, []], [True, [1]], [True, []]]
+    for rank in ranks:
+        rank.result()
 
 
 def send_lost(connection, folder, rank):
