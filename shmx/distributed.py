@@ -69,7 +69,7 @@ def broadcast_object_list(
         Global rank of the source; 0 if neither this nor ``group_src`` is given.
     group
         The process group; the default group if not given. All its ranks must call. The first call asks every rank
-        which host it is on.
+        which host it is on, so a process must not take the place of another one in the same group (elastic groups).
     device
         Where the messages of the collective live; by default the current accelerator for a group that has no CPU
         backend.
