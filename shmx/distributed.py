@@ -313,7 +313,7 @@ class _Channel:
 
     def broadcast(self, content: bytes) -> None:
         """Send bytes from this rank to all: one collective if they are few."""
-        first = torch.empty(_FIRST_BYTES, dtype=torch.uint8)
+        first = torch.empty(_FIRST_BYTES, dtype=torch.uint8, device="cpu")
         head = _HEADER.pack(len(content)) + content[:_FIRST_CONTENT]
         first[: len(head)] = _tensor_of(head)
         self._broadcast(first, self.rank)
@@ -322,12 +322,12 @@ class _Channel:
 
     def take_broadcast(self, source: int) -> memoryview:
         """The bytes that the source broadcasts."""
-        first = self._broadcast(torch.empty(_FIRST_BYTES, dtype=torch.uint8), source).numpy().data
+        first = self._broadcast(torch.empty(_FIRST_BYTES, dtype=torch.uint8, device="cpu"), source).numpy().data
         (size,) = _HEADER.unpack_from(first)
         content = first[_HEADER.size :]
         if size <= _FIRST_CONTENT:
             return content[:size]
-        rest = self._broadcast(torch.empty(size - _FIRST_CONTENT, dtype=torch.uint8), source)
+        rest = self._broadcast(torch.empty(size - _FIRST_CONTENT, dtype=torch.uint8, device="cpu"), source)
         return memoryview(b"".join((content, rest.numpy().data)))
 
     def _broadcast(self, data: torch.Tensor, source: int) -> torch.Tensor:
@@ -498,7 +498,7 @@ def _republish(
     blob = channel.announce([None if isinstance(one, _Unshared) else one for one in handles], len(others))
     if others:
         inline = [one.tensor for one in handles if isinstance(one, _Unshared)]
-        channel.send([torch.tensor([len(blob)]), _tensor_of(blob), *inline], others)
+        channel.send([torch.tensor([len(blob)], device="cpu"), _tensor_of(blob), *inline], others)
     return handles
 
 
@@ -510,7 +510,7 @@ def _receive_tensor(
         memory = empty(shape, dtype=dtype)
     except Exception:
         # `share` says why.
-        memory = torch.empty(shape, dtype=dtype)
+        memory = torch.empty(shape, dtype=dtype, device="cpu")
     channel.receive_into(memory, source)
     try:
         return share(memory)
@@ -528,14 +528,14 @@ def _receive_tensor(
 
 def _take_over(channel: _Channel, leader: int, abroad: _Abroad) -> list[SharedTensor | _Unshared]:
     """What the first rank of this host has published, or sends inline."""
-    size = torch.empty(1, dtype=torch.int64)
+    size = torch.empty(1, dtype=torch.int64, device="cpu")
     channel.receive_into(size, leader)
-    blob = torch.empty(int(size.item()), dtype=torch.uint8)
+    blob = torch.empty(int(size.item()), dtype=torch.uint8, device="cpu")
     channel.receive_into(blob, leader)
     handles: list[Any] = pickle.loads(blob.numpy().data)
     for number, one in enumerate(abroad):
         if handles[number] is None and isinstance(one, tuple):
-            memory = torch.empty(one[0], dtype=one[1])
+            memory = torch.empty(one[0], dtype=one[1], device="cpu")
             channel.receive_into(memory, leader)
             handles[number] = _Unshared(memory)
     return handles

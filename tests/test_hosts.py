@@ -176,6 +176,20 @@ def test_a_host_without_room_passes_the_bytes_on(children, two_hosts, tmp_path, 
     finish(two_hosts, ranks)
 
 
+def broadcast_with_another_default_device(*arguments):
+    with torch.device("meta"):
+        broadcast_on_demand(*arguments)
+
+
+@pytest.mark.parametrize("two_hosts", [(256 * MIB, 256 * MIB), (256 * MIB, 2 * MIB)], indirect=True)
+def test_the_default_device_does_not_matter(children, two_hosts, tmp_path):
+    ranks = start(children, two_hosts, tmp_path, broadcast_with_another_default_device, 0)
+    assert [rank.receive() for rank in ranks] == ["ready"] * 4
+    # As many as take a second collective, and large ones.
+    assert one_round(ranks, 1, [MIB, *[64 << 10] * 200, 3 * MIB]) == [True] * 4
+    finish(two_hosts, ranks)
+
+
 def broadcast_without_an_arena(connection, folder, rank):
     """The first rank of the second host loses its arena; answers what came, and what it was warned of."""
     join(folder, rank)
