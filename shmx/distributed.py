@@ -89,7 +89,8 @@ def broadcast_object_list(
     SegmentLostError, TooManyPeersError
         Somebody removed the arena meanwhile; 64 processes use it.
     RuntimeError
-        A rank is gone, from torch.distributed. Messages of this group that were announced and not loaded are given up.
+        A rank is gone, from torch.distributed. Messages of this group that were announced and not loaded are given up,
+        as after whatever else goes wrong on the way.
     """
     if on_error not in ("raise", "return"):
         raise ValueError(f"on_error={on_error!r} is neither 'raise' nor 'return'")
@@ -147,8 +148,15 @@ def agree(
     -------
     list of bool
         For each request whether it has failed on any rank of the group.
+
+    Raises
+    ------
+    ValueError
+        This rank is not in the group.
+    RuntimeError
+        A rank is gone, from torch.distributed.
     """
-    group = _group(group)
+    group = _group_of_this_rank(group)
     mask = torch.tensor([bool(one) for one in failed], dtype=torch.int32, device=_device(group, device))
     if mask.numel():
         dist.all_reduce(mask, op=dist.ReduceOp.MAX, group=group)
@@ -197,9 +205,7 @@ def fan_out(
     Before the broadcast the ranks agree that each of them can take part. Where the group has a CPU backend beside that
     of the device (``"cpu:gloo,cuda:nccl"``) they do so without waiting for the device.
     """
-    group = _group(group)
-    if dist.get_rank(group) < 0:
-        raise ValueError("this rank is not in the group; let only its ranks call")
+    group = _group_of_this_rank(group)
     leads = dist.get_rank(group) == 0
     tensors: list[torch.Tensor] = []
     failure: Exception | None = None
@@ -236,6 +242,13 @@ def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     group = group if group is not None else dist.group.WORLD
     if group is None:
         raise ValueError("torch.distributed is not initialized; call init_process_group first")
+    return group
+
+
+def _group_of_this_rank(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    group = _group(group)
+    if dist.get_rank(group) < 0:
+        raise ValueError("this rank is not in the group; let only its ranks call")
     return group
 
 
@@ -303,10 +316,10 @@ class _Channel:
 
     @contextlib.contextmanager
     def unbroken(self) -> Iterator[None]:
-        """Take back what the ranks of a group that breaks in here will not load."""
+        """Take back what the ranks of a group that breaks in here, for whatever reason, will not load."""
         try:
             yield
-        except RuntimeError:
+        except Exception:
             while self._sent:
                 discard_blob(self._sent.pop())
             raise

@@ -291,6 +291,19 @@ def test_all_ranks_agree_on_what_has_failed_anywhere(children, tmp_path):
     assert everywhere(children, tmp_path, disagree) == [([True, False, True, False], [])] * 3
 
 
+def agree_outside_of_the_group(rank):
+    group = dist.new_group([0])
+    try:
+        return distributed.agree([True], group)
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_rank_outside_of_the_group_cannot_agree(children, tmp_path):
+    inside, outside = everywhere(children, tmp_path, agree_outside_of_the_group, world=2)
+    assert (inside, outside) == ([True], "this rank is not in the group; let only its ranks call")
+
+
 def receive_broken(rank, on_error):
     objects = [make_request(1), Broken([1]), make_request(2)] if rank == 0 else [None] * 3
     try:
@@ -437,6 +450,19 @@ def test_a_stream_without_its_tensors_is_an_error_that_says_so():
     distributed._Numbered(stream, []).dump([shmx.share(pattern(1))])
     with pytest.raises(shmx.InvalidHandleError, match=r"shmx\.distributed alone"):
         pickle.loads(stream.getvalue())
+
+
+def broadcast_by_a_missing_device(rank):
+    distributed.broadcast_object_list([None])
+    objects = [pattern(1)] if rank == 0 else [None]
+    # A CUDA build has no other accelerator; torch asserts it.
+    with pytest.raises(AssertionError, match="not compiled"):
+        distributed.broadcast_object_list(objects, device="xpu")
+    return messages_or_none()
+
+
+def test_a_broadcast_that_fails_for_whatever_reason_leaves_no_message(children, tmp_path):
+    assert everywhere(children, tmp_path, broadcast_by_a_missing_device, world=2) == [0, 0]
 
 
 def survive(connection, folder, rank, world):
