@@ -279,7 +279,18 @@ class _Inline:
         self._storage = storage
 
     def reduce(self) -> Any:
-        return _restored_storage, (bytearray(ctypes.string_at(self._storage.data_ptr(), self._storage.nbytes())),)
+        return _restored_storage, (_copied(self._storage.data_ptr(), self._storage.nbytes()),)
+
+
+# Not ctypes.string_at, whose size is a C int.
+_memory = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
+_READ = 0x100
+
+
+def _copied(address: int, nbytes: int) -> bytearray:
+    return bytearray(_memory(address, nbytes, _READ)) if nbytes else bytearray()
 
 
 class _Envelope:
@@ -466,7 +477,7 @@ def enc_hook(obj: Any) -> Any:
         if obj.nbytes >= default_min_bytes() and (shared := publish([obj], None, None)):
             return enc_hook(shared[0])
         plain = obj.contiguous()
-        data = ctypes.string_at(plain.data_ptr(), plain.nbytes)
+        data = _copied(plain.data_ptr(), plain.nbytes)
         content = (_TENSOR, data, str(obj.dtype).removeprefix("torch."), tuple(obj.shape))
     elif numpy and type(obj) is numpy.ndarray and storable_array(obj) and obj.dtype.names is None:
         if obj.nbytes >= default_min_bytes() and (shared := publish([obj], None, None)):

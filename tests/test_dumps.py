@@ -84,6 +84,22 @@ def test_min_bytes_is_of_memory():
     assert len(shmx.dumps(base, min_bytes=1000, readers=0)) < 1000
 
 
+class Lengths:
+    """A file that keeps nothing, so that there is one copy less of what is written."""
+
+    def __init__(self):
+        self.written = 0
+
+    def write(self, data):
+        self.written += len(data)
+
+
+def test_memory_of_any_size_travels_in_the_pickle():
+    tensor = torch.empty((2 << 30) + 4096, dtype=torch.uint8)
+    shmx.Pickler(file := Lengths(), min_bytes=1 << 40).dump(tensor)
+    assert tensor.nbytes < file.written < tensor.nbytes + 1000
+
+
 @loaders
 def test_what_torch_knows_of_a_tensor_is_kept(loads):
     leaf = torch.rand(200, 200, requires_grad=True)
