@@ -476,7 +476,7 @@ def enc_hook(obj: Any) -> Any:
     elif type(obj) is torch.Tensor and storable(obj):
         if obj.nbytes >= default_min_bytes() and (shared := publish([obj], None, None)):
             return enc_hook(shared[0])
-        plain = obj.contiguous()
+        plain = obj.resolve_conj().resolve_neg().contiguous()
         data = _copied(plain.data_ptr(), plain.nbytes)
         content = (_TENSOR, data, str(obj.dtype).removeprefix("torch."), tuple(obj.shape))
     elif numpy and type(obj) is numpy.ndarray and storable_array(obj) and obj.dtype.names is None:

@@ -83,6 +83,8 @@ def test_fields_of_tensors_get_the_callers_own():
         torch.zeros(0, 3, dtype=torch.int16),
         torch.rand(4, 6).bfloat16().t(),
         torch.tensor([True, False]),
+        torch.tensor([1 + 2j, 3 - 4j]).conj(),
+        torch.tensor([1 + 2j]).conj().imag,
         np.arange(6).reshape(2, 3).T,
         np.array(["a", "bc"]),
         np.zeros((0, 2)),
