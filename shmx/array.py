@@ -47,10 +47,13 @@ class SharedArray:
         import numpy as np
 
         plain = array.dtype.name in _ALIKE and array.dtype.isnative
-        if min(array.strides, default=0) < 0 or not plain:
+        if not plain or any(stride < 0 or stride % array.itemsize for stride in array.strides):
             array = np.ascontiguousarray(array)
         if not plain:
             array = array.reshape(-1).view(np.uint8)
+        elif array.dtype.char in "qQ":
+            # Another C type of the same size, which torch does not take.
+            array = array.view(array.dtype.name)
         if not array.flags.writeable:
             array = np.asarray(_Writable(array))
         return torch.from_numpy(array)

@@ -137,7 +137,9 @@ def arrays():
         "dates": numbers.astype("datetime64[s]"),
         "text": numbers.astype("U8"),
         "records": np.zeros(20_000, dtype=[("x", "f4"), ("y", "i2")]),
+        "field of records": np.ones(20_000, dtype=[("x", "f4"), ("y", "u1")])["x"],
         "long double": numbers.astype(np.longdouble),
+        "long long": numbers.astype(np.ulonglong),
     }
 
 
