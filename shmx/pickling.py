@@ -7,6 +7,7 @@ the unpickler is given there. So ``pickle.loads`` need not know of any of this.
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import ctypes
 import io
@@ -58,7 +59,8 @@ def dumps(
     obj
         Anything that can be pickled.
     readers
-        How often the result will be loaded; without it, that of ``with shmx.readers(n)``, or one load.
+        How often the result will be loaded, with the handles that are in the object; without it, that of
+        ``with shmx.readers(n)``, or one load. What :meth:`SharedTensor.with_readers` has bound to a handle goes first.
     min_bytes
         Memory of fewer bytes travels in the pickle. Default 64 KiB, or ``SHMX_MIN_BYTES``.
     arena, timeout
@@ -174,7 +176,10 @@ class Pickler(pickle.Pickler):
         """Write a pickle of an object."""
         try:
             content = self._apart(obj)
-            data = pickle.dumps(_Envelope(*content), 5) if self._order else content[-1]
+            readers = self._readers if self._handles else None
+            # What was published knows them already; handles of the object do not.
+            with contextlib.nullcontext() if readers is None else _core.readers(readers):
+                data = pickle.dumps(_Envelope(*content), 5) if self._order else content[-1]
             try:
                 self._file.write(data)
             except BaseException:

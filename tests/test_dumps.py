@@ -285,6 +285,21 @@ def test_readers_around_it_announce_too():
     assert messages() == 0
 
 
+@pytest.mark.parametrize("others", [[], [pattern(2)]], ids=["handles only", "handles and tensors"])
+def test_readers_are_those_of_the_handles_in_the_object_too(others):
+    blob = shmx.dumps([shmx.share(pattern(1)), *others], readers=2)
+    for left in (1, 0):
+        assert is_pattern(shmx.loads(blob)[0].view(), 1)
+        assert messages() == left * (1 + len(others))
+
+
+def test_readers_that_are_bound_to_a_handle_go_first():
+    blob = shmx.dumps([shmx.share(pattern(1)).with_readers(1), shmx.share(pattern(2))], readers=2)
+    for left in (1, 0):
+        shmx.loads(blob)
+        assert messages() == left
+
+
 def test_a_discarded_pickle_leaves_no_message():
     blob = shmx.dumps([pattern(1), shmx.share(pattern(2)), Data(np.arange(20_000), 1)], readers=5)
     assert messages() == 2
