@@ -522,34 +522,57 @@ class Graph:
         return new.get(id(self._root), self._root)
 
     def _make_anew(self, containers: list[_ToMakeAnew], new: dict[int, Any]) -> None:
-        waiting: dict[int, tuple[_Anew, _ToMakeAnew]] = {}
-        copies: list[tuple[_InPlace, Any]] = []
-        for one in containers:
-            if isinstance(one.kind, _Frozen):
-                new[id(one.obj)] = one.kind.copy(one.obj)
-                copies.append((one.kind.attributes, new[id(one.obj)]))
-            else:
-                waiting[id(one.obj)] = one.kind, one
-        begun: set[int] = set()
-        stack = list(waiting.values())
+        """Make each from what is complete by then, for a set takes the hashes of what it is made from.
+
+        Only a cycle is closed by a copy that is completed later.
+        """
+        waiting = {id(one.obj): one for one in containers}
+        begun: dict[int, _ToMakeAnew] = {}
+        # What is deeper inside was met by its leaves first, and has to be made first.
+        stack = list(reversed(waiting.values()))
         while stack:
-            kind, node = stack[-1]
+            node = stack[-1]
             key = id(node.obj)
-            if key in new:
+            if key not in waiting:
                 stack.pop()
                 continue
             first = [waiting[id(one)] for one in node.values if id(one) in waiting and id(one) not in new]
             if not first:
-                values = [new.get(id(value), value) for value in node.values]
-                new[key] = kind.again(node.obj, node.values, values)
+                self._make(node, new)
+                del waiting[key]
+                begun.pop(key, None)
                 stack.pop()
-            elif key in begun:
-                raise TypeError(
-                    f"{type(node.obj).__qualname__} contains itself and can only be made anew from its values; leave "
-                    "its tensors out"
-                )
-            else:
-                begun.add(key)
+                continue
+            begun[key] = node
+            closing = next((one for one in first if id(one.obj) in begun), None)
+            if closing is None:
                 stack += first
-        for attributes, copy in copies:
-            attributes.replace(copy, new, [])
+            elif isinstance(closing.kind, _Frozen):
+                new[id(closing.obj)] = closing.kind.copy(closing.obj)
+            else:
+                stack.append(_one_to_copy(begun, closing))
+                while id(closing.obj) in begun:
+                    begun.popitem()
+
+    def _make(self, node: _ToMakeAnew, new: dict[int, Any]) -> None:
+        key = id(node.obj)
+        if isinstance(node.kind, _Frozen):
+            if key not in new:
+                new[key] = node.kind.copy(node.obj)
+            node.kind.attributes.replace(new[key], new, [])
+        else:
+            values = [new.get(id(value), value) for value in node.values]
+            new[key] = node.kind.again(node.obj, node.values, values)
+
+
+def _one_to_copy(begun: dict[int, _ToMakeAnew], closing: _ToMakeAnew) -> _ToMakeAnew:
+    """What the cycle that ends at `closing` can begin at: a copy of it stands for it until it is complete."""
+    for one in reversed(begun.values()):
+        if isinstance(one.kind, _Frozen):
+            return one
+        if one is closing:
+            break
+    raise TypeError(
+        f"{type(closing.obj).__qualname__} contains itself and can only be made anew from its values; leave its "
+        "tensors out"
+    )

@@ -16,7 +16,7 @@ import torch
 
 import shmx
 from tests.blocks import block_of
-from tests.containers import KINDS, Data, DataFrozen, Named, Plain
+from tests.containers import KINDS, Data, DataFrozen, Named, Plain, StructFrozen
 from tests.patterns import is_pattern, pattern
 
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -95,6 +95,16 @@ def test_a_frozen_object_in_a_set_has_its_own_hash_afterwards():
     assert member in {member}
 
 
+@pytest.mark.parametrize(
+    "member", [DataFrozen, lambda *pair: (DataFrozen(*pair), 1), StructFrozen], ids=["frozen", "tuple of it", "Struct"]
+)
+def test_a_frozen_set_finds_what_is_in_it_afterwards(member):
+    request = [frozenset([member(pattern(1), "text")])]
+    for change in (shmx.wrap, shmx.unwrap):
+        (inside,) = change(request)[0]
+        assert inside in request[0]
+
+
 def test_named_tuples_of_torch_are_made_anew():
     largest = torch.max(torch.rand(20_000, 2), dim=1)
     wrapped = shmx.wrap([largest])[0]
@@ -149,6 +159,20 @@ def test_cycles_are_kept():
     assert is_pattern(request.second[1][1], 2)
     assert is_pattern(frozen.first, 3)
     assert is_pattern(knot.first, 4)
+
+
+def test_a_frozen_object_closes_a_cycle_wherever_it_is_in_it(registered):
+    shmx.register_container(Ring, lambda one: ([one.first, one.second], None), lambda values, _: Ring(*values))
+    frozen = DataFrozen(pattern(1), Ring(pattern(2), None))
+    frozen.second.second = (frozen, frozenset([pattern(3)]))
+    for start in (frozen, frozen.second, frozen.second.second):
+        ring = start
+        for change, kind in ((shmx.wrap, shmx.SharedTensor), (shmx.unwrap, torch.Tensor)):
+            ring = change(ring)
+            while not isinstance(ring, DataFrozen):
+                ring = ring.second if isinstance(ring, Ring) else ring[0]
+            assert ring.second.second[0] is ring
+            assert [type(one) for one in (ring.first, ring.second.first, *ring.second.second[1])] == [kind] * 3
 
 
 @pytest.mark.parametrize("nest", [lambda inner: [inner], lambda inner: (inner,), lambda inner: {"in": inner}, Plain])
