@@ -110,8 +110,9 @@ class _Set(_InPlace):
         return ((None, value) for value in obj)
 
     def put(self, obj: Any, key: Any, old: Any, new: Any) -> None:
-        obj.remove(old)
+        # First, for an array cannot be in a set.
         obj.add(new)
+        obj.remove(old)
 
 
 class _Slots(_InPlace):
