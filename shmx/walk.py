@@ -87,32 +87,39 @@ class _Attributes(_InPlace):
         obj.__dict__[key] = new
 
 
+def _elements(base: Any, obj: Any) -> Iterable[Any]:
+    # A subclass may iterate over something else.
+    elements: Iterable[Any] = obj if type(obj) is base else tuple(base.__iter__(obj))
+    return elements
+
+
 class _Sequence(_InPlace):
     """A list or a deque."""
 
+    def __init__(self, base: Any) -> None:
+        self._base = base
+
     def values(self, obj: Any) -> Iterable[Any]:
-        values: Iterable[Any] = obj
-        return values
+        return _elements(self._base, obj)
 
     def items(self, obj: Any) -> Iterable[tuple[Any, Any]]:
-        return enumerate(obj)
+        return enumerate(_elements(self._base, obj))
 
     def put(self, obj: Any, key: Any, old: Any, new: Any) -> None:
-        obj[key] = new
+        self._base.__setitem__(obj, key, new)
 
 
 class _Set(_InPlace):
     def values(self, obj: Any) -> Iterable[Any]:
-        values: Iterable[Any] = obj
-        return values
+        return _elements(set, obj)
 
     def items(self, obj: Any) -> Iterable[tuple[Any, Any]]:
-        return ((None, value) for value in obj)
+        return ((None, value) for value in _elements(set, obj))
 
     def put(self, obj: Any, key: Any, old: Any, new: Any) -> None:
         # First, for an array cannot be in a set.
-        obj.add(new)
-        obj.remove(old)
+        set.add(obj, new)
+        set.remove(obj, old)
 
 
 class _Slots(_InPlace):
@@ -170,8 +177,7 @@ class _Tuple:
     """A tuple, named or not."""
 
     def values(self, obj: Any) -> Iterable[Any]:
-        values: Iterable[Any] = obj
-        return values
+        return _elements(tuple, obj)
 
     def again(self, obj: Any, values: Iterable[Any], new: list[Any]) -> Any:
         cls = type(obj)
@@ -186,7 +192,7 @@ class _Tuple:
 
 class _FrozenSet:
     def values(self, obj: Any) -> Iterable[Any]:
-        return tuple(obj)
+        return tuple(frozenset.__iter__(obj))
 
     def again(self, obj: Any, values: Iterable[Any], new: list[Any]) -> Any:
         return type(obj)(new)
@@ -272,12 +278,12 @@ def register_container(
         table.forget()
 
 
-_MAPPING, _ATTRIBUTES, _SEQUENCE, _SET = _Mapping(), _Attributes(), _Sequence(), _Set()
+_MAPPING, _ATTRIBUTES, _SET = _Mapping(), _Attributes(), _Set()
 _TUPLE, _FROZENSET = _Tuple(), _FrozenSet()
 _BUILT_IN: dict[type, _InPlace | _Anew] = {
     dict: _MAPPING,
-    list: _SEQUENCE,
-    collections.deque: _SEQUENCE,
+    list: _Sequence(list),
+    collections.deque: _Sequence(collections.deque),
     set: _SET,
     tuple: _TUPLE,
     frozenset: _FROZENSET,

@@ -106,6 +106,33 @@ def test_a_frozen_set_finds_what_is_in_it_afterwards(member):
         assert inside in request[0]
 
 
+class Rows(Named):
+    def __iter__(self):
+        return zip(self.first, self.second, strict=True)
+
+
+class Backwards(list):
+    def __iter__(self):
+        return reversed(self)
+
+
+class TensorsOnly(list):
+    def __setitem__(self, index, value):
+        raise TypeError("only tensors")
+
+
+def test_what_a_subclass_says_of_its_elements_does_not_matter():
+    rows, backwards, only = Rows([pattern(1)], [5]), Backwards([pattern(2), "text"]), TensorsOnly([pattern(3)])
+    request = [rows, Rows(pattern(4), "text"), backwards, only]
+    for change, kind in ((shmx.wrap, shmx.SharedTensor), (shmx.unwrap, torch.Tensor)):
+        assert change(request) is request
+        assert [type(one) for one in request] == [Rows, Rows, Backwards, TensorsOnly]
+        places = [request[0].first[0], request[1].first, request[2][0], request[3][0]]
+        assert [type(one) for one in places] == [kind] * 4
+    assert all(is_pattern(tensor, seed) for tensor, seed in zip(places, (1, 4, 2, 3), strict=True))
+    assert request[1].second == request[2][1] == "text"
+
+
 def test_named_tuples_of_torch_are_made_anew():
     largest = torch.max(torch.rand(20_000, 2), dim=1)
     wrapped = shmx.wrap([largest])[0]
