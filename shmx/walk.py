@@ -359,7 +359,7 @@ def _kind_of(cls: type) -> _Kind:
 def _is_plain(base: type) -> bool:
     if base in _PLAIN_CLASSES or base.__module__ in _PLAIN_MODULES:
         return True
-    root = base.__module__.partition(".")[0]
+    root = str(base.__module__).partition(".")[0]
     return root not in ("torch", "numpy", "builtins") and root not in sys.stdlib_module_names
 
 

@@ -385,6 +385,12 @@ def test_nothing_is_imported_for_the_sake_of_a_class():
     assert done.stdout.strip() == "set()"
 
 
+def test_a_class_of_no_module_is_looked_into():
+    obj = type("Nowhere", (), {"__module__": None})()
+    obj.tensor = pattern(1)
+    assert is_shared(shmx.wrap(obj).tensor)
+
+
 def test_classes_by_the_thousand_are_not_kept():
     from shmx import hooks, walk
 
