@@ -354,8 +354,9 @@ def _materialized(handle: SharedTensor) -> torch.Tensor:
 def _as_tensors(value: Any) -> Any:
     if isinstance(value, _core.SharedTensor):
         return _materialized(value)
-    if type(value) in (list, tuple):
-        return type(value)([_as_tensors(one) for one in value])
+    if isinstance(value, list | tuple):
+        # Plain ones: torch looks into subclasses, too, and would ask again.
+        return (list if isinstance(value, list) else tuple)([_as_tensors(one) for one in value])
     if type(value) is dict:
         return {key: _as_tensors(one) for key, one in value.items()}
     return value

@@ -10,7 +10,7 @@ import torch
 
 import shmx
 from tests.blocks import messages
-from tests.containers import Data
+from tests.containers import Data, Items, Named
 from tests.patterns import is_pattern, pattern
 
 
@@ -29,6 +29,13 @@ def test_torch_functions_take_handles():
     assert torch.equal(torch.stack((handle, tensor)), torch.stack([tensor] * 2))
     assert torch.equal(torch.where(tensor > 0.5, input=handle, other=0.0), torch.where(tensor > 0.5, tensor, 0.0))
     assert torch.equal(torch.nn.Linear(200, 5)(handle).isfinite(), torch.ones(100, 5, dtype=torch.bool))
+
+
+def test_torch_functions_take_handles_in_subclasses_of_list_and_tuple():
+    tensor = torch.rand(100, 200)
+    handle = shmx.share(tensor)
+    for handles in (Named(handle, handle), Items([handle, handle])):
+        assert torch.equal(torch.cat(handles), torch.cat([tensor] * 2))
 
 
 def test_it_is_copied_once_and_belongs_to_the_handle():
