@@ -126,8 +126,8 @@ def _is_worth_it(least: int, leaf: Any) -> bool:
     nbytes = leaf.numel() * leaf.itemsize
     if nbytes < least or not storable(leaf):
         return False
-    # Elements that are one and the same in memory are fewer in a pickle.
-    return leaf.is_contiguous() or leaf.untyped_storage().nbytes() >= nbytes
+    # Elements that are one and the same in memory are fewer in a pickle; a storage that was freed has none.
+    return leaf.untyped_storage().nbytes() >= nbytes
 
 
 def publish(

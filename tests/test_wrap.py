@@ -89,6 +89,9 @@ def nested_tensor(tensor):
 
 def unusual_tensors():
     tensor = torch.rand(200, 200)
+    freed = tensor.clone()
+    part = freed[50:]
+    freed.untyped_storage().resize_(0)
     return {
         "requires grad": tensor.clone().requires_grad_(),
         "parameter": torch.nn.Parameter(tensor),
@@ -97,6 +100,8 @@ def unusual_tensors():
         "nested": nested_tensor(tensor),
         "another device": torch.empty(200, 200, device="meta"),
         "one element, repeated": torch.zeros(1).expand(200, 200),
+        "freed": freed,
+        "part of what was freed": part,
         "array of objects": np.array([object()] * 20_000),
         "subclass of ndarray": np.ma.masked_array(np.zeros(20_000)),
     }
