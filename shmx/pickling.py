@@ -469,14 +469,15 @@ def enc_hook(obj: Any) -> Any:
     Raises
     ------
     NotImplementedError
-        Any other object, as msgspec expects; a tensor or array whose values are not plain bytes on the CPU.
+        Any other object, as msgspec expects; a tensor or array whose values are not plain bytes on the CPU;
+        an array of records, published or not.
     """
     msgpack = sys.modules["msgspec"].msgpack
     numpy = sys.modules.get("numpy")
     content: tuple[Any, ...]
     if isinstance(obj, _core.SharedTensor):
         content = (_TENSOR, _announced(obj))
-    elif isinstance(obj, SharedArray):
+    elif isinstance(obj, SharedArray) and obj.dtype.names is None:
         content = (_ARRAY, _announced(obj.tensor), obj.dtype.str, obj.shape)
     elif type(obj) is torch.Tensor and storable(obj):
         if obj.nbytes >= default_min_bytes() and (shared := publish([obj], None, None)):

@@ -113,7 +113,9 @@ def test_rule_5_decoding_a_handle_never_raises_because_data_is_gone():
 
 
 def test_what_cannot_be_encoded_is_named():
-    for value in (object(), torch.eye(3).to_sparse(), torch.zeros(3, requires_grad=True), np.array([object()])):
+    records = np.zeros(20_000, dtype=[("x", "f4"), ("y", "i2")])
+    others = (object(), torch.eye(3).to_sparse(), torch.zeros(3, requires_grad=True), np.array([object()]))
+    for value in (*others, records, shmx.wrap(records)):
         with pytest.raises(NotImplementedError, match="shmx encodes"):
             encode([value])
     with pytest.raises(NotImplementedError, match="shmx decodes"):
