@@ -13,6 +13,7 @@ import ctypes
 import io
 import pickle
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -568,6 +569,8 @@ def dec_hook(expected: type, obj: Any) -> Any:
         As :meth:`SharedTensor.materialize`.
     """
     msgspec = sys.modules["msgspec"]
+    # numpy.typing.NDArray[...] is no class.
+    expected = typing.get_origin(expected) or expected
     if isinstance(obj, msgspec.msgpack.Ext) and obj.code == EXT_CODE:
         obj = ext_hook(obj.code, obj.data)
     if isinstance(obj, expected):

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -74,6 +75,17 @@ def test_fields_of_tensors_get_the_callers_own():
         assert np.array_equal(decoded.mask, mask)
         assert is_pattern(decoded.handle.view(), 2)
         decoded.mask[0] = decoded.grid[0] = 5
+
+
+class Grid(msgspec.Struct):
+    array: npt.NDArray[np.float32]
+
+
+@pytest.mark.parametrize("elements", [4, 20_000], ids=["small", "large"])
+def test_a_field_may_name_the_dtype_of_its_array(elements):
+    array = np.ones(elements, np.float32)
+    decoded = msgspec.msgpack.decode(encode(Grid(array)), type=Grid, dec_hook=shmx.dec_hook)
+    assert np.array_equal(decoded.array, array)
 
 
 @pytest.mark.parametrize(
