@@ -228,15 +228,20 @@ def unwrap(
         return graph.replaced(owned)
     errors: list[Exception | None] = []
     failed: set[int] = set()
+    unchanged: list[Any] = []
     for request in _requests(obj):
         leaves = Graph(request, _SHARED).leaves
         errors.append(_own(leaves, owned, put))
         if errors[-1] is not None:
             failed.update(map(id, leaves))
+            unchanged.append(request)
     rest = [leaf for leaf in graph.leaves if id(leaf) not in failed]
     # What belongs to none of the requests belongs to all of them.
     if error := _own(rest, owned, put):
         errors = [one or error for one in errors]
+    if unchanged:
+        # It may share handles with requests that did not fail.
+        graph = Graph(obj, _SHARED, without=unchanged)
     return graph.replaced(owned), errors
 
 

@@ -438,6 +438,8 @@ class Graph:
         What to look for.
     wanted
         Which of the leaves count; all of them if not given.
+    without
+        Containers that are not looked into.
 
     Attributes
     ----------
@@ -445,13 +447,15 @@ class Graph:
         Each once, in the order in which they were met.
     """
 
-    def __init__(self, root: Any, kinds: Kinds, wanted: Callable[[Any], bool] | None = None) -> None:
+    def __init__(
+        self, root: Any, kinds: Kinds, wanted: Callable[[Any], bool] | None = None, without: Iterable[Any] = ()
+    ) -> None:
         """Look at everything; change nothing."""
         self._root = root
         self.leaves: list[Any] = []
         # By id, which no other object gets while these are alive; leaves are kept by the list of them.
         self._owners: dict[int, list[_Owner]] = {}
-        self._met: dict[int, _Owner] = {}
+        self._met: dict[int, _Owner] = dict.fromkeys(map(id, without))
         self._look(kinds, wanted)
 
     def _look(self, kinds: Kinds, wanted: Callable[[Any], bool] | None) -> None:

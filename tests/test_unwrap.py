@@ -151,6 +151,16 @@ def test_requests_that_share_a_tensor_share_it_afterwards():
     assert is_pattern(requests[2].second[0], 2)
 
 
+def test_a_request_that_fails_keeps_the_handles_that_it_shares_with_another():
+    handle = shmx.share(pattern(1))
+    good, bad = {"a": handle}, {"a": handle, "b": lost(3).first}
+    for requests in ([good, bad], ([{"a": handle}], bad)):
+        unwrapped, errors = shmx.unwrap(requests, on_error="return")
+        assert [error is None for error in errors] == [True, False]
+        assert not shmx.has_shared(unwrapped[0])
+        assert bad["a"] is handle
+
+
 def test_a_request_that_fails_half_way_keeps_all_its_handles(monkeypatch):
     requests = [shmx.wrap(request(1)), shmx.wrap([pattern(3), np.arange(20_000)])]
     with monkeypatch.context() as patch:
