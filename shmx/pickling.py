@@ -96,8 +96,9 @@ def loads(
     device
         Where to put the tensors that came as handles; by default the CPU.
     lazy
-        Leave handles in the places of tensors and arrays, for :func:`unwrap`; then nothing raises because data is gone.
-        A tensor that was a part of some larger memory is copied nevertheless.
+        Leave handles in the places of tensors and arrays, for :func:`unwrap`; then these do not raise because data is
+        gone. A tensor that was a part of some larger memory, a ``torch.nn.Parameter`` and any other buffer are copied
+        nevertheless; the last two raise.
 
     Returns
     -------
@@ -164,6 +165,7 @@ class Pickler(pickle.Pickler):
         self.dispatch_table: dict[type, Callable[[Any], Any]] = {
             **copyreg.dispatch_table,
             torch.Tensor: self._reduce_tensor,
+            torch.nn.Parameter: self._reduce_parameter,
             torch.UntypedStorage: self._reduce_storage,
             torch.storage.TypedStorage: self._reduce_typed_storage,
             _core.SharedTensor: self._reduce_handle,
@@ -243,6 +245,13 @@ class Pickler(pickle.Pickler):
         if whole and not known and isinstance(place, pickle.PickleBuffer):
             return _tensor, (place,)
         return _tensor, (place, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+
+    def _reduce_parameter(self, parameter: torch.nn.Parameter) -> Any:
+        if storable(parameter.data):
+            # Known before its tensor is, it is a storage in the pickle, and so it is copied: torch makes no Parameter
+            # of a handle.
+            self._place_of(parameter.untyped_storage(), None)
+        return parameter.__reduce_ex__(5)  # type: ignore[no-untyped-call]
 
     def _reduce_storage(self, storage: torch.UntypedStorage) -> Any:
         if storage.device.type != "cpu":

@@ -391,6 +391,15 @@ def test_lazy_leaves_handles_to_be_unwrapped():
     assert held() == 0
 
 
+def test_lazy_copies_parameters():
+    linear, tensor = torch.nn.Linear(200, 200), pattern(1)
+    loaded, weight, lazy = shmx.loads(shmx.dumps([linear, linear.weight, tensor]), lazy=True)
+    assert torch.equal(loaded.weight, linear.weight)
+    assert loaded.weight is weight
+    assert type(weight) is torch.nn.Parameter
+    assert isinstance(lazy, shmx.SharedTensor)
+
+
 def test_device_is_where_the_tensors_go():
     assert shmx.loads(shmx.dumps([pattern(1)]), device="cpu")[0].device.type == "cpu"
     with pytest.raises(Exception, match=r"hpu|HPU|device|backend"):
