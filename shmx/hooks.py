@@ -246,7 +246,11 @@ def unwrap(
 
 
 def _requests(obj: Any) -> Iterable[Any]:
-    for requests in (obj, getattr(obj, "batch", None)):
+    try:
+        batch = getattr(obj, "batch", None)
+    except Exception:
+        batch = None  # a property of a program, which may not be ready
+    for requests in (obj, batch):
         if type(requests) is list or type(requests) is tuple:
             return requests
     return (obj,)

@@ -115,6 +115,19 @@ def test_errors_are_returned_for_each_request_of_a_batch(sequence):
     assert is_request(batch.batch[0], 1)
 
 
+class NotReady:
+    @property
+    def batch(self):
+        raise RuntimeError("not ready")
+
+
+def test_an_object_whose_batch_raises_is_one_request():
+    obj = NotReady()
+    obj.tensor = shmx.share(pattern(1))
+    assert shmx.unwrap(obj, on_error="return") == (obj, [None])
+    assert is_pattern(obj.tensor, 1)
+
+
 def test_what_belongs_to_no_request_of_a_batch_fails_all_of_them():
     batch = types.SimpleNamespace(batch=[shmx.wrap(request(1)), Data(1, 2)], common=lost(3).first)
     _, errors = shmx.unwrap(batch, on_error="return")
