@@ -188,9 +188,10 @@ def _copy_all(
     overlap = Table("a matrix product on another stream", "us")
     for size in sizes:
         source = torch.randint(0, 255, (size,), dtype=torch.uint8)
-        # The second one holds a single message: a segment of its own, registered for each.
+        # Room for the message, and for the same bytes in parts. The second one holds a single message: a segment of its
+        # own, registered for each.
         with (
-            shmx.Arena(capacity=size + (64 << 20), segment_bytes=size + (64 << 20)) as arena,
+            shmx.Arena(capacity=2 * size + (64 << 20), segment_bytes=2 * size + (64 << 20)) as arena,
             shmx.Arena(capacity=size, segment_bytes=size) as own,
         ):
             handle, single = arena.share(source), own.share(source)
