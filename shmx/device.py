@@ -93,7 +93,7 @@ def materialize_many(
         return [handle.view().to(target) for handle in handles]
     if stream is not None and stream.device != target:
         raise ValueError(f"the stream is one of {stream.device}, the tensors go to {target}; give one of that device")
-    chosen = current if stream is None else stream
+    chosen = current if stream is None else _for_this_thread(stream)
     with torch.no_grad(), chosen:
         copy = _begin(handles, target, chosen)
         groups = copy.groups()
@@ -321,6 +321,11 @@ def _is_accelerator(device: torch.device) -> bool:
 def _current_stream(device: torch.device) -> Any:
     """The current stream of a device; nothing where torch knows no streams for it."""
     return torch.accelerator.current_stream(device) if _is_accelerator(device) else None
+
+
+def _for_this_thread(stream: Any) -> torch.Stream:
+    """The same stream to be entered: what to go back to lies in the Python object, which threads may share."""
+    return torch.Stream(stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type)
 
 
 def _handle_of(stream: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -167,6 +168,32 @@ def test_the_current_stream_waits_for_a_copy_on_another_one(gpu: FakeDriver) -> 
             arrived = handle.materialize(FAKE, stream=stream)
             doubled = torch.empty_like(arrived).copy_(arrived, non_blocking=True)
         assert is_pattern(doubled.cpu(), 1)
+        handle.release()
+        settle()
+
+
+def test_threads_that_copy_on_one_stream_come_back_to_their_own(gpu: FakeDriver) -> None:
+    stream, own = torch.Stream(FAKE), torch.Stream(FAKE)
+    before = torch.accelerator.current_stream(FAKE)
+
+    def copy(handle: shmx.SharedTensor) -> bool:
+        torch.accelerator.set_stream(own)
+        handle.materialize(FAKE, stream=stream)
+        return torch.accelerator.current_stream(FAKE) == own
+
+    with locked_arena() as arena, ThreadPoolExecutor(1) as pool:
+        handle = arena.share(pattern(1))
+        gpu.hold_calls("StreamIsCapturing")
+        try:
+            copying = pool.submit(copy, handle)
+            while gpu.held_calls() == 0:
+                pass
+            with stream:
+                gpu.hold_calls("")
+                assert copying.result()
+        finally:
+            gpu.hold_calls("")
+        assert torch.accelerator.current_stream(FAKE) == before
         handle.release()
         settle()
 

@@ -81,6 +81,7 @@ class FakeDriver:
         self.path = path
         self.library = ctypes.CDLL(str(path))
         self.library.fake_count.restype = ctypes.c_long
+        self.library.fake_held_calls.restype = ctypes.c_long
         self.library.fake_log.restype = ctypes.c_long
         self.library.fake_registrations.restype = ctypes.c_long
 
@@ -128,6 +129,14 @@ class FakeDriver:
             yield
         finally:
             self.release_streams()
+
+    def hold_calls(self, name: str) -> None:
+        """Calls of that name wait before they do anything; with an empty one all go on."""
+        self.library.fake_hold_calls(name.encode())
+
+    def held_calls(self) -> int:
+        """How many calls wait."""
+        return int(self.library.fake_held_calls())
 
     def begin_capture(self, stream: torch.Stream) -> None:
         """A graph capture in global mode."""
