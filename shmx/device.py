@@ -193,7 +193,9 @@ def _fill_from(device: torch.device, copies: Sequence[tuple[torch.Tensor, torch.
 
 def pin(handle: SharedTensor, device: torch.device | str | int | None, *, required: bool) -> None:
     """Lock the pages of a handle's arena for ``device`` now. Raises DeviceError only if it is required."""
-    target = torch.accelerator.current_accelerator() if device is None else _resolve(device)
+    if device is None:
+        device = torch.accelerator.current_accelerator()
+    target = None if device is None else _resolve(device)
     backend = None if target is None else DRIVERS.get(target.type)
     if target is None or backend is None:
         if required:

@@ -171,6 +171,14 @@ def test_required_locking_says_why_it_failed(gpu: FakeDriver) -> None:
         lock_now(handle)
 
 
+def test_locking_for_no_named_device_is_for_the_current_one(gpu: FakeDriver) -> None:
+    with small_arena() as arena, arena.share(pattern(1)) as handle, torch.accelerator.device_index(1):
+        gpu.break_device(0)
+        shmx.attach(handle, pin="require")
+        gpu.recover()
+        assert pinned()["bytes"] == arena.stats()["reserved_bytes"]
+
+
 def test_locking_that_is_not_required_warns_once_and_goes_on(gpu: FakeDriver) -> None:
     gpu.fail("HostRegister", code=1)
     with small_arena() as arena, arena.share(pattern(1)) as handle:

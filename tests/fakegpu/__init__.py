@@ -89,6 +89,10 @@ class FakeDriver:
         """The call of that name (without prefix: ``"HostRegister"``) after ``skip`` good ones answers ``code``."""
         self.library.fake_fail(name.encode(), ctypes.c_long(skip), code, int(sticky))
 
+    def break_device(self, index: int, code: int = 700) -> None:
+        """Every call for that device answers ``code``."""
+        self.library.fake_break(index, code)
+
     def recover(self) -> None:
         """No more failures."""
         self.library.fake_recover()
