@@ -8,6 +8,7 @@ slower, and as correct.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
@@ -94,7 +95,7 @@ def materialize_many(
     if stream is not None and stream.device != target:
         raise ValueError(f"the stream is one of {stream.device}, the tensors go to {target}; give one of that device")
     chosen = current if stream is None else _for_this_thread(stream)
-    with torch.no_grad(), chosen:
+    with _on(target), torch.no_grad(), chosen:
         copy = _begin(handles, target, chosen)
         groups = copy.groups()
         results: list[Any] = [None] * len(handles)
@@ -115,10 +116,10 @@ def materialize_many(
             if results[index] is None:
                 results[index] = torch.empty(handle.shape, dtype=handle.dtype, device=target)
         _transfer(copy, groups, handles, destinations, chosen)
-    if chosen != current:
-        current.wait_stream(chosen)
-        for destination in destinations:
-            _use_on(destination, current)
+        if chosen != current:
+            current.wait_stream(chosen)
+            for destination in destinations:
+                _use_on(destination, current)
     if not non_blocking:
         _synchronize(chosen)
         _core.poll_copies()
@@ -136,7 +137,7 @@ def materialize_into(handle: SharedTensor, destination: torch.Tensor) -> torch.T
         return destination.copy_(handle.view())
     into = destination.detach()
     plain = into.is_contiguous() and not into.is_conj() and not into.is_neg()
-    with torch.no_grad(), stream:
+    with _on(target), torch.no_grad(), stream:
         copy = _begin([handle], target, stream)
         groups = copy.groups()
         whole = into if plain else torch.empty(into.shape, dtype=into.dtype, device=target)
@@ -169,7 +170,7 @@ def _fill_from(device: torch.device, copies: Sequence[tuple[torch.Tensor, torch.
     _warn()
     kept = []
     try:
-        with torch.no_grad(), stream:
+        with _on(device), torch.no_grad(), stream:
             for destination, source in copies:
                 cuts = _core.registered_cuts(destination.data_ptr(), destination.nbytes, backend, device.index or 0)
                 if cuts is None:
@@ -318,6 +319,15 @@ def _resolve(device: torch.device | str | int) -> torch.device:
 def _is_accelerator(device: torch.device) -> bool:
     accelerator = torch.accelerator.current_accelerator()
     return accelerator is not None and accelerator.type == device.type
+
+
+_no_change: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Make a device current: when a stream or an event goes back to another one, it makes a context there."""
+    index = device.index or 0
+    return _no_change if index == torch.accelerator.current_device_index() else torch.accelerator.device_index(index)
 
 
 def _current_stream(device: torch.device) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import torch
 
 import shmx
 from shmx import _core, device
+from tests import fakegpu
+from tests.children import Children
 from tests.fakegpu import NAME, FakeDriver
 from tests.patterns import BLOCK, is_pattern, pattern, press, small_arena
 
@@ -208,6 +212,32 @@ def test_each_device_gets_its_own_copy(gpu: FakeDriver) -> None:
         assert [copy.device for copy in copies] == [FAKE, OTHER]
         assert all(is_pattern(copy.cpu(), 1) for copy in copies)
         settle()
+
+
+def test_a_copy_for_another_device_makes_no_context_on_the_current_one(
+    fake_libraries: tuple[Path, Path], children: Children
+) -> None:
+    children.start(copy_for_another_device, *map(str, fake_libraries)).result()
+
+
+def copy_for_another_device(connection: Connection, driver: str, library: str) -> None:
+    fakegpu.use(Path(driver), Path(library))
+    has_context = torch.get_device_module(NAME).has_context
+    with small_arena() as arena:
+        handle = arena.share(pattern(1))
+        shmx.attach(handle, pin="require", device=OTHER)
+        arrived = handle.materialize(OTHER)
+        handle.materialize(OTHER, stream=torch.Stream(OTHER), non_blocking=False)
+        handle.materialize_into(arrived)
+        with arena.share(arrived) as back:
+            assert is_pattern(back.view(), 1)
+        assert has_context(1) and not has_context(0)
+        assert torch.accelerator.current_device_index() == 0
+        # The control: torch itself.
+        with torch.Stream(OTHER):
+            pass
+        assert has_context(0)
+        handle.release()
 
 
 def test_a_stream_of_another_device_is_refused(gpu: FakeDriver) -> None:

@@ -170,6 +170,7 @@ def use(driver: Path, device: Path) -> FakeDriver:
         "device_count": lambda: 2,
         "current_device": library.fakegpu_current_device,
         "set_device": library.fakegpu_set_device,
+        "has_context": library.fakegpu_has_context,
         "is_initialized": lambda: True,
         "_is_in_bad_fork": lambda: False,
         "_lazy_init": lambda: None,

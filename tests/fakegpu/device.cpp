@@ -14,6 +14,7 @@
 #include <dlfcn.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
@@ -97,8 +98,12 @@ const Driver& driver() {
 
 thread_local int current_device = 0;
 thread_local void* current_streams[kDevices] = {};
+std::atomic<bool> has_context[kDevices] = {};
 
-void make_current() { driver().set_current(driver().contexts[current_device]); }
+void make_current() {
+  driver().set_current(driver().contexts[current_device]);
+  has_context[current_device] = true;
+}
 
 void* handle_of(const c10::Stream& stream) { return reinterpret_cast<void*>(stream.id()); }
 
@@ -163,16 +168,17 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return driver().is_capturing(handle_of(stream), &status) == 0 && status != 0;
   }
 
+  // These two go back by setDevice, as torch's do on CUDA: that makes a context where there was none.
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
-    const c10::DeviceGuard guard(stream.device());
-    make_current();
+    const c10::Device before = exchangeDevice(stream.device());
     if (*event == nullptr) check(driver().make_event(event, 0), "cuEventCreate");
     check(driver().record(*event, handle_of(stream)), "cuEventRecord");
+    setDevice(before);
   }
   void block(void* event, const c10::Stream& stream) const override {
-    const c10::DeviceGuard guard(stream.device());
-    make_current();
+    const c10::Device before = exchangeDevice(stream.device());
     if (event != nullptr) check(driver().wait_event(handle_of(stream), event, 0), "cuStreamWaitEvent");
+    setDevice(before);
   }
   bool queryEvent(void* event) const override { return event == nullptr || driver().query_event(event) == 0; }
   void synchronizeEvent(void* event) const override {
@@ -251,7 +257,7 @@ REGISTER_HOST_ALLOCATOR(kDevice, &host_allocator);
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
-  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex index) const override { return has_context[index]; }
   c10::DeviceIndex deviceCount() const override { return kDevices; }
   c10::DeviceIndex getCurrentDevice() const override { return static_cast<c10::DeviceIndex>(current_device); }
   void setCurrentDevice(c10::DeviceIndex index) const override {
@@ -264,7 +270,10 @@ struct Hooks final : at::PrivateUse1HooksInterface {
     return before;
   }
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex index) const override {
-    return index < 0 ? getCurrentDevice() : exchangeDevice(index);
+    const auto before = getCurrentDevice();
+    if (index >= 0) current_device = index;
+    if (has_context[current_device]) make_current();
+    return before;
   }
   at::Allocator* getPinnedMemoryAllocator() const override { return &host_allocator; }
   bool isPinnedPtr(const void* memory) const override {
@@ -390,6 +399,8 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, library) { library.fallback(torch::CppFunctio
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) int fakegpu_current_device() { return current_device; }
+
+extern "C" __attribute__((visibility("default"))) int fakegpu_has_context(int index) { return has_context[index]; }
 
 extern "C" __attribute__((visibility("default"))) void fakegpu_set_device(int index) {
   current_device = index;
