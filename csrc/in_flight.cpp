@@ -1,8 +1,8 @@
 #include "in_flight.hpp"
 
 #include <algorithm>
-#include <iterator>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 #include "quiet_thread.hpp"
@@ -28,7 +28,7 @@ InFlight::InFlight() { take_part_in_forks(); }
 void InFlight::unlock_in_child() noexcept {
   // The copies are the parent's, and so is the thread; the child has inherited uses that it makes no use of.
   (void)thread_.release();  // NOLINT(bugprone-unused-return-value)
-  const std::vector<Copy> copies = std::exchange(copies_, {});
+  const std::list<Copy> copies = std::exchange(copies_, {});
   const std::vector<std::vector<Hold>> kept = std::exchange(kept_, {});
   mutex_.unlock();
 }
@@ -42,7 +42,7 @@ void InFlight::depart(std::vector<Hold>& holds, DeviceDriver& driver, int device
     if (!thread_) {
       thread_ = std::make_unique<std::thread>(quiet_thread("shmx-copies", [this, ends = ends_] { run(ends); }));
     }
-    copies_.push_back({{}, &driver, device, event});
+    copies_.push_back({{}, &driver, device, stream, event});
     copies_.back().holds = std::exchange(holds, {});
   } catch (...) {
     driver.destroy_event(event);
@@ -53,7 +53,7 @@ void InFlight::depart(std::vector<Hold>& holds, DeviceDriver& driver, int device
 
 bool InFlight::poll_once() noexcept {
   // Released without the lock: the last use of an arena may end with this one.
-  std::vector<Hold> done;
+  std::list<Copy> done;
   bool hopeful = false;
   try {
     const std::lock_guard guard(mutex_);
@@ -61,36 +61,35 @@ bool InFlight::poll_once() noexcept {
     std::optional<DeviceDriver::Scope> scope;
     DeviceDriver* driver = nullptr;
     int device = 0;
-    for (std::size_t i = 0; i < copies_.size();) {
-      Copy& copy = copies_[i];
-      if (copy.driver != driver || copy.device != device) {
+    // Nothing that departed on one of these later can be done.
+    std::vector<std::tuple<DeviceDriver*, int, void*>> busy;
+    for (auto next = copies_.begin(); next != copies_.end();) {
+      const auto copy = next++;
+      const std::tuple stream(copy->driver, copy->device, copy->stream);
+      if (std::find(busy.begin(), busy.end(), stream) != busy.end()) continue;
+      if (copy->driver != driver || copy->device != device) {
         driver = nullptr;
         scope.reset();
         try {
-          scope.emplace(*copy.driver, copy.device);
+          scope.emplace(*copy->driver, copy->device);
         } catch (const Error& error) {
           // A device that is broken says nothing about the next one.
           trouble_ = error.what();
-          ++i;
           continue;
         }
-        driver = copy.driver;
-        device = copy.device;
+        driver = copy->driver;
+        device = copy->device;
       }
-      const DriverCode code = driver->query_event(copy.event);
+      const DriverCode code = driver->query_event(copy->event);
       if (code == DriverCode::kSuccess) {
-        done.insert(done.end(), std::move_iterator(copy.holds.begin()), std::move_iterator(copy.holds.end()));
-        driver->destroy_event(copy.event);
-        if (i + 1 != copies_.size()) copy = std::move(copies_.back());
-        copies_.pop_back();
-        continue;
-      }
-      if (code == DriverCode::kNotReady) {
+        driver->destroy_event(copy->event);
+        done.splice(done.end(), copies_, copy);
+      } else if (code == DriverCode::kNotReady) {
         hopeful = true;
+        busy.push_back(stream);
       } else {
         trouble_ = driver->failure(driver->query_name(), "a copy from shared memory", code).what();
       }
-      ++i;
     }
   } catch (const std::exception& error) {
     // The next look may find the driver in a better state.

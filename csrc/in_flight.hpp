@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -50,6 +51,7 @@ class InFlight : public ForkParticipant {
     std::vector<Hold> holds;
     DeviceDriver* driver;
     int device;
+    void* stream;
     void* event;
   };
   InFlight();
@@ -59,7 +61,7 @@ class InFlight : public ForkParticipant {
 
   std::mutex mutex_;
   std::condition_variable departed_;
-  std::vector<Copy> copies_;
+  std::list<Copy> copies_;  // in order of departure
   std::vector<std::vector<Hold>> kept_;
   std::string trouble_;
   std::uint64_t ends_ = 0;  // how often the thread was told to end

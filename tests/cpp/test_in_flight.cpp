@@ -152,6 +152,25 @@ TEST_CASE_FIXTURE(Copies, "a block with several copies under way is in use until
   CHECK(comes_true([&] { return !is_full(*arena); }));
 }
 
+TEST_CASE_FIXTURE(Copies, "of the copies in a stream only the first is asked about, until it has completed") {
+  const auto arena = arena_of_one();
+  Allocation made = arena->allocate(ByteCount{kBytes});
+  REQUIRE(pin(arena));
+  gpu.hold_streams();
+  gpu.forget_calls();
+  for (int i = 0; i < 100; ++i) {
+    copy(made.hold.share());
+    in_flight.poll();
+  }
+  CHECK(under_way() == 100);
+  // Whoever asks enters the device once; the watching thread does so meanwhile.
+  const long asked = gpu.count("EventQuery");
+  CHECK(asked > 0);
+  CHECK(asked <= gpu.count("CtxPushCurrent"));
+  gpu.release_streams();
+  CHECK(end_by_themselves());
+}
+
 TEST_CASE_FIXTURE(Copies, "the last use of an arena may be a copy, which then ends it in order") {
   // Unregistered, unmapped, its name removed: the driver ends the process if that comes under the copy.
   auto arena = arena_of_one();
