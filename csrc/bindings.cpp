@@ -68,6 +68,8 @@ using namespace pybind11::literals;
 constexpr std::uint64_t kCopyWithoutGil = 64U << 10;
 // Tensors that share a block begin at a cache line each.
 constexpr std::uint64_t kPartAlignment = 64;
+// Where an element of any dtype may begin.
+constexpr std::uint64_t kElementAlignment = 16;
 constexpr std::uint64_t kLargestTogether = 1ULL << 48;
 
 // ---- errors
@@ -1104,7 +1106,8 @@ class DeviceCopy {
       Group& last = groups_.back();
       const Hold& other = holds_[last.hold];
       if (last.contiguous && &other.attachment() == &hold.attachment() && other.block() == hold.block() &&
-          base >= last.base + last.bytes && base < last.base + last.bytes + kPartAlignment) {
+          base >= last.base + last.bytes && base < last.base + last.bytes + kPartAlignment &&
+          static_cast<std::uint64_t>(base - last.base) % kElementAlignment == 0) {
         last.members.emplace_back(index, static_cast<std::uint64_t>(base - last.base));
         last.bytes = static_cast<std::uint64_t>(base - last.base) + bytes;
         return;

@@ -289,6 +289,18 @@ def test_tensors_that_were_published_together_go_in_one_transfer(gpu: FakeDriver
         settle()
 
 
+def test_neighbours_need_not_be_aligned_to_each_other(gpu: FakeDriver) -> None:
+    with locked_arena() as arena:
+        whole = arena.empty((64,), dtype=torch.int16)
+        whole.copy_(torch.arange(64))
+        parts = [whole[1:2], whole.view(torch.float32)[1:5], whole.view(torch.float32)[5:9]]
+        handles = [arena.share(part) for part in parts]
+        arrived = device.materialize_many(handles, FAKE)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(arrived, parts, strict=True))
+        del handles
+        settle()
+
+
 def test_tensors_of_different_requests_go_in_one_submission(gpu: FakeDriver) -> None:
     with locked_arena() as arena:
         handles = [arena.share(pattern(seed)) for seed in range(4)]
