@@ -1026,6 +1026,14 @@ DriverKind checked_driver(const std::string& name) {
   return *kind;
 }
 
+void refuse_capture(DeviceDriver& driver, int device, void* stream) {
+  const DeviceDriver::Scope scope(driver, device);
+  if (!driver.is_capturing(stream)) return;
+  throw Error(ErrorCode::kDevice,
+              "the stream is capturing a graph, which would copy from or to a block of shared memory again when it is "
+              "used for something else; share and materialize outside the capture, and copy_ into the graph's input");
+}
+
 // Copies of published tensors to a device, which torch makes: what they read and where registrations meet in it. The
 // blocks stay in use until it is said how the copies ended.
 class DeviceCopy {
@@ -1055,18 +1063,9 @@ class DeviceCopy {
       }
     }
     if (driver_ == nullptr) return;
-    bool capturing = false;
-    {
-      const py::gil_scoped_release released;
-      InFlight::instance().poll();
-      const DeviceDriver::Scope scope(*driver_, device_);
-      capturing = driver_->is_capturing(stream_);
-    }
-    if (capturing) {
-      throw Error(ErrorCode::kDevice,
-                  "the stream is capturing a graph, which would read a block of shared memory again when it is used "
-                  "for something else; materialize before the capture, and copy_ into the graph's input");
-    }
+    const py::gil_scoped_release released;
+    InFlight::instance().poll();
+    refuse_capture(*driver_, device_, stream_);
   }
 
   [[nodiscard]] py::list groups() const {
@@ -1126,6 +1125,13 @@ class DeviceCopy {
   std::vector<Hold> holds_;
   std::vector<Group> groups_;
 };
+
+void refuse_capture_by(const std::string& backend, int device, std::uintptr_t stream) {
+  const DriverKind kind = checked_driver(backend);
+  const py::gil_scoped_release released;
+  DeviceDriver* driver = DeviceDriver::get(kind);
+  if (driver != nullptr) refuse_capture(*driver, device, reinterpret_cast<void*>(stream));
+}
 
 // Of memory of an arena: where registrations meet in it, or nothing if it is not all registered, which is then begun.
 std::optional<std::vector<std::uint64_t>> registered_cuts(std::uintptr_t address, std::uint64_t bytes,
@@ -1349,6 +1355,7 @@ PYBIND11_MODULE(_core, module) {
       .def("finish", &DeviceCopy::finish)
       .def("keep", &DeviceCopy::keep)
       .def_property_readonly("registered", &DeviceCopy::registered);
+  module.def("refuse_capture", &refuse_capture_by, "backend"_a, "device"_a, "stream"_a);
   module.def("registered_cuts", &registered_cuts, "address"_a, "bytes"_a, "backend"_a, "device"_a);
   module.def("pin", &pin_arena, "handle"_a, "backend"_a, "device"_a);
   module.def("refuse_pinning", &refuse_pinning, "handle"_a);

@@ -81,7 +81,7 @@ def materialize_many(
     Raises
     ------
     DeviceError
-        The device failed, or the stream is capturing a graph.
+        The device failed, or the stream or the current one is capturing a graph.
     StaleHandleError, SegmentLostError, ReleasedError
         As :meth:`SharedTensor.view`.
     """
@@ -95,6 +95,9 @@ def materialize_many(
     if stream is not None and stream.device != target:
         raise ValueError(f"the stream is one of {stream.device}, the tensors go to {target}; give one of that device")
     chosen = current if stream is None else _for_this_thread(stream)
+    if chosen != current:
+        # It is made to wait for the copies, which would break its capture.
+        _refuse_capture(current)
     with _on(target), torch.no_grad(), chosen:
         copy = _begin(handles, target, chosen)
         groups = copy.groups()
@@ -167,6 +170,7 @@ def _fill_from(device: torch.device, copies: Sequence[tuple[torch.Tensor, torch.
         for destination, source in copies:
             destination.copy_(source)
         return
+    _refuse_capture(stream)
     _warn()
     kept = []
     try:
@@ -343,6 +347,12 @@ def _for_this_thread(stream: Any) -> torch.Stream:
 def _handle_of(stream: Any) -> int:
     handle = getattr(stream, "native_handle", None)
     return int(stream.cuda_stream if handle is None else handle)
+
+
+def _refuse_capture(stream: Any) -> None:
+    """Raise DeviceError before anything is in a stream that is capturing a graph."""
+    if backend := DRIVERS.get(stream.device.type):
+        _core.refuse_capture(backend, stream.device.index or 0, _handle_of(stream))
 
 
 def _begin(handles: Sequence[SharedTensor], target: torch.device, stream: Any) -> _core.DeviceCopy:

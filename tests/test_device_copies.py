@@ -432,7 +432,31 @@ def test_a_copy_is_not_captured_into_a_graph(gpu: FakeDriver) -> None:
         gpu.begin_capture(captured)
         with pytest.raises(shmx.DeviceError, match="capturing a graph"):
             handle.materialize(FAKE, stream=captured)
-        gpu.end_capture(captured)
+        assert gpu.end_capture(captured) == 0
+
+
+def test_a_graph_does_not_wait_for_a_copy_on_another_stream(gpu: FakeDriver) -> None:
+    with locked_arena() as arena, arena.share(pattern(1)) as handle, torch.Stream(FAKE) as captured:
+        gpu.begin_capture(captured)
+        gpu.forget_calls()
+        with pytest.raises(shmx.DeviceError, match="capturing a graph"):
+            handle.materialize(FAKE, stream=torch.Stream(FAKE))
+        assert gpu.count("MemcpyHtoDAsync") == 0
+        assert gpu.end_capture(captured) == 0
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_device_tensor_is_not_published_by_a_graph(gpu: FakeDriver, locked: bool) -> None:
+    with locked_arena() if locked else small_arena() as arena:
+        sent = pattern(1).to(FAKE)
+        with torch.Stream(FAKE) as captured:
+            gpu.begin_capture(captured)
+            gpu.forget_calls()
+            with pytest.raises(shmx.DeviceError, match="capturing a graph"):
+                arena.share(sent)
+            assert gpu.count("MemcpyDtoHAsync") == 0
+            assert gpu.end_capture(captured) == 0
+        assert press(arena) == 16
 
 
 def test_a_device_without_streams_is_copied_to_by_torch(gpu: FakeDriver) -> None:
