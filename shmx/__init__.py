@@ -11,6 +11,7 @@ rank::
 """
 
 import logging as _logging
+import os as _os
 import sys as _sys
 
 if _sys.platform != "linux":
@@ -99,7 +100,12 @@ __all__ = [
 # Quiet unless the program asks for it.
 _logging.getLogger("shmx").addHandler(_logging.NullHandler())
 
-_apply_environment()
+try:
+    _apply_environment()
+except ValueError:
+    # The diagnostic has to start where settings cannot be read: it says which, and what to do.
+    if [_os.path.basename(word) for word in _sys.argv[:2]] not in (["shmx", "doctor"], ["-m", "doctor"]):
+        raise
 
 # Where users find them, and what their pickles name.
 SharedTensor.__module__ = "shmx"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import grp
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
 
 from shmx import _core
 
-__all__ = ["ArenaConfig", "apply_environment", "default_min_bytes"]
+__all__ = ["ArenaConfig", "apply_environment", "check_variable", "default_min_bytes", "environment_settings"]
 
 BACKENDS = ("shm", "memfd", "auto")
 
@@ -79,6 +81,24 @@ def _flag(name: str, text: str) -> bool:
     raise ValueError(f"{name}={text!r} is not a flag; give 1 or 0")
 
 
+def _set_min_bytes(size: int) -> None:
+    global _min_bytes
+    _min_bytes = size
+
+
+_min_bytes = 64 << 10
+
+# How each setting of the whole process is read, and where it goes.
+_OF_THE_PROCESS: dict[str, tuple[Callable[[str, str], Any], Callable[[Any], None]]] = {
+    "SHMX_POOL_BYTES": (partial(_bytes, least=0), _core.set_pool_limit),
+    "SHMX_PIN_BYTES": (partial(_bytes, least=0), _core.set_pin_limit),
+    "SHMX_READONLY": (_flag, _core.set_read_only),
+    "SHMX_NT_THRESHOLD": (partial(_bytes, least=1), _core.set_non_temporal_threshold),
+    "SHMX_GROUP": (lambda name, text: group_id(text, name), _core.set_trusted_group),
+    "SHMX_MIN_BYTES": (partial(_bytes, least=0), _set_min_bytes),
+}
+
+
 def apply_environment() -> None:
     """Set what holds for the whole process, when the package is imported.
 
@@ -89,22 +109,21 @@ def apply_environment() -> None:
     ``SHMX_MIN_BYTES``: smaller tensors are left inline by :func:`shmx.wrap` and :func:`shmx.dumps`.
     Raises ``ValueError`` that names the variable if one cannot be read.
     """
-    global _min_bytes
-    if (text := os.environ.get("SHMX_POOL_BYTES")) is not None:
-        _core.set_pool_limit(_bytes("SHMX_POOL_BYTES", text, least=0))
-    if (text := os.environ.get("SHMX_PIN_BYTES")) is not None:
-        _core.set_pin_limit(_bytes("SHMX_PIN_BYTES", text, least=0))
-    if (text := os.environ.get("SHMX_READONLY")) is not None:
-        _core.set_read_only(_flag("SHMX_READONLY", text))
-    if (text := os.environ.get("SHMX_NT_THRESHOLD")) is not None:
-        _core.set_non_temporal_threshold(_bytes("SHMX_NT_THRESHOLD", text, least=1))
-    if (text := os.environ.get("SHMX_GROUP")) is not None:
-        _core.set_trusted_group(group_id(text, "SHMX_GROUP"))
-    if (text := os.environ.get("SHMX_MIN_BYTES")) is not None:
-        _min_bytes = _bytes("SHMX_MIN_BYTES", text, least=0)
+    for name, (read, apply) in _OF_THE_PROCESS.items():
+        if (text := os.environ.get(name)) is not None:
+            apply(read(name, text))
 
 
-_min_bytes = 64 << 10
+def environment_settings() -> set[str]:
+    """Names of the environment variables that this module reads."""
+    return {*_OF_THE_PROCESS, *(f"SHMX_{field.name.upper()}" for field in fields(ArenaConfig))}
+
+
+def check_variable(name: str, text: str) -> None:
+    """Raise the ``ValueError`` that a variable of :func:`environment_settings` deserves, if it cannot be read."""
+    if name in _OF_THE_PROCESS:
+        _OF_THE_PROCESS[name][0](name, text)
+    ArenaConfig.from_environment({name: text})
 
 
 def default_min_bytes() -> int:

@@ -22,7 +22,7 @@ import torch
 
 from shmx import _core
 from shmx.arena import Arena
-from shmx.config import ArenaConfig
+from shmx.config import ArenaConfig, check_variable, environment_settings
 from shmx.survey import arenas, counted, prospect, shown_bytes
 
 __all__ = ["CHECKS", "Finding", "diagnose"]
@@ -34,15 +34,8 @@ _LARGEST_DEFAULT = 64 << 30
 _DRIVER_TIMEOUT_S = 30
 # A cgroup of version 1 without a limit has one of nearly 2^63.
 _NO_LIMIT = 1 << 60
-# Of settings that are no field of ArenaConfig.
-_OTHER_SETTINGS = {
-    "SHMX_CUDA_DRIVER",
-    "SHMX_HIP_DRIVER",
-    "SHMX_PIN_BYTES",
-    "SHMX_POOL_BYTES",
-    "SHMX_READONLY",
-    "SHMX_NT_THRESHOLD",
-}
+# What other modules read themselves.
+_OTHER_SETTINGS = {"SHMX_CUDA_DRIVER", "SHMX_HIP_DRIVER", "SHMX_SGLANG"}
 _FEWEST_FILES, _FEWEST_INODES = 256, 1024
 
 
@@ -364,23 +357,20 @@ def _judge_leftovers(found: Iterable[dict[str, object]]) -> Finding:
 
 
 def check_settings(environment: Mapping[str, str] = os.environ) -> Finding:
-    """Every ``SHMX_*`` variable is one, and can be read.
-
-    The three that hold for the whole process have been read by then: an import of shmx refuses a bad one.
-    """
-    fields = {f"SHMX_{field.name.upper()}" for field in dataclasses.fields(ArenaConfig)}
+    """Every ``SHMX_*`` variable is one, and can be read."""
+    readable = environment_settings()
     given = sorted(name for name in environment if name.startswith("SHMX_"))
     wrong = []
-    for name in fields.intersection(given):
+    for name in readable.intersection(given):
         try:
-            ArenaConfig.from_environment({name: environment[name]})
+            check_variable(name, environment[name])
         except ValueError as error:
             wrong.append(str(error))
     if wrong:
         return Finding("settings", "fail", "; ".join(sorted(wrong)), "correct or unset them")
-    unknown = [name for name in given if name not in fields | _OTHER_SETTINGS]
+    unknown = [name for name in given if name not in readable | _OTHER_SETTINGS]
     if unknown:
-        known = ", ".join(sorted(fields | _OTHER_SETTINGS))
+        known = ", ".join(sorted(readable | _OTHER_SETTINGS))
         return Finding("settings", "warn", f"no setting of shmx: {', '.join(unknown)}", f"the settings are {known}")
     return Finding("settings", "ok", ", ".join(f"{name}={environment[name]}" for name in given) or "none, all defaults")
 

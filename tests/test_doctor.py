@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import shmx
 from shmx import doctor
+from shmx.config import environment_settings
 from shmx.doctor import Finding
 from tests.patterns import pattern
 
 GIB = 1 << 30
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "operations.md", ROOT / "docs" / "sglang.md"]
 
 
 @pytest.mark.parametrize("check", doctor.CHECKS, ids=lambda check: check.__name__)
@@ -242,12 +247,36 @@ def test_strange_leftovers_are_named(state):
         ({"SHMX_CAPACITY": "2GiB", "SHMX_READONLY": "1", "HOME": "/"}, "ok", "SHMX_CAPACITY=2GiB"),
         ({"SHMX_CAPACITY": "much", "SHMX_TICKET_TTL": "-1"}, "fail", "SHMX_CAPACITY='much'"),
         ({"SHMX_CAPACITY": "much", "SHMX_TICKET_TTL": "-1"}, "fail", "SHMX_TICKET_TTL='-1'"),
+        ({"SHMX_POOL_BYTES": "lots", "SHMX_READONLY": "2"}, "fail", "SHMX_POOL_BYTES='lots'"),
+        ({"SHMX_POOL_BYTES": "lots", "SHMX_READONLY": "2"}, "fail", "SHMX_READONLY='2'"),
+        ({"SHMX_MIN_BYTES": "128KiB", "SHMX_SGLANG": "1"}, "ok", "SHMX_MIN_BYTES=128KiB, SHMX_SGLANG=1"),
         ({"SHMX_CAPACTIY": "2GiB"}, "warn", "SHMX_CAPACTIY"),
     ],
 )
 def test_settings(environment, status, part):
     found = doctor.check_settings(environment)
     assert (found.status, part in found.finding) == (status, True)
+
+
+@pytest.mark.skipif(not DOCUMENTS[0].exists(), reason="the tests run away from a checkout")
+def test_every_documented_setting_is_one():
+    texts = [path.read_text() for path in DOCUMENTS]
+    documented = {name for text in texts for name in re.findall(r"SHMX_[A-Z_]+", text)} - {"SHMX_LONG"}  # of the tests
+    assert documented >= {"SHMX_CAPACITY", "SHMX_MIN_BYTES", "SHMX_SGLANG"}
+    assert doctor.check_settings(dict.fromkeys(documented, "1MiB")).status == "fail"  # some are no sizes
+    assert doctor.check_settings(dict.fromkeys(documented - environment_settings(), "1")).status == "ok"
+
+
+@pytest.mark.parametrize("command", [["-m", "shmx"], [str(Path(sys.executable).with_name("shmx"))]])
+def test_a_setting_that_the_import_refuses_is_a_finding_with_a_remedy(command):
+    environment = os.environ | {"SHMX_POOL_BYTES": "lots"}
+    started = [sys.executable, *command, "doctor"]
+    done = subprocess.run(started, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (1, "")
+    (line,) = (line for line in done.stdout.splitlines() if "SHMX_POOL_BYTES='lots' is not a size" in line)
+    assert line.startswith("fail  settings")
+    refused = subprocess.run([sys.executable, "-c", "import shmx"], env=environment, capture_output=True, timeout=120)
+    assert refused.returncode == 1
 
 
 def test_a_check_that_breaks_is_a_failure_and_the_others_answer():
