@@ -13,6 +13,7 @@ rank::
 import logging as _logging
 import os as _os
 import sys as _sys
+import typing as _typing
 
 if _sys.platform != "linux":
     raise ImportError(f"shmx runs on Linux only, not on {_sys.platform}: it needs /dev/shm and Linux file locks")
@@ -53,6 +54,28 @@ from shmx.metrics import metrics_text
 from shmx.pickling import Pickler, Unpickler, dec_hook, dumps, enc_hook, ext_hook, loads
 from shmx.survey import arenas
 from shmx.walk import register_container
+
+if _typing.TYPE_CHECKING:
+    from shmx import distributed as distributed
+    from shmx import integrations as integrations
+    from shmx.integrations import sglang as _sglang  # noqa: F401
+else:
+    # Modules that most programs do without, imported on first use. Hidden from type checkers, for which any name of
+    # the package would exist otherwise.
+    def __getattr__(name):
+        import importlib
+
+        if name == "distributed":
+            return importlib.import_module("shmx.distributed")
+        if name == "integrations":
+            # With its modules, which import no framework before they are installed.
+            importlib.import_module("shmx.integrations.sglang")
+            return _sys.modules["shmx.integrations"]
+        raise AttributeError(f"module 'shmx' has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), "distributed", "integrations"})
+
 
 __version__ = "0.1.0"
 

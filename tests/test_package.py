@@ -92,6 +92,20 @@ assert not multiprocessing.active_children()
     assert result.returncode == 0, result.stderr
 
 
+def test_modules_that_the_import_leaves_out_are_attributes_all_the_same():
+    code = """
+import sys, shmx
+assert {"distributed", "integrations"} <= set(dir(shmx))
+assert not {"shmx.distributed", "shmx.integrations"} & set(sys.modules)
+assert callable(shmx.distributed.agree)
+assert callable(shmx.integrations.sglang.install)
+assert "sglang" not in sys.modules
+assert not hasattr(shmx, "no_such_name")
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_import_elsewhere_than_on_linux_says_so(platform):
     result = run("-c", f"import sys; sys.platform = {platform!r}\nimport shmx")
