@@ -18,7 +18,7 @@ import torch
 
 from shmx import _core
 from shmx._core import SharedTensor
-from shmx.config import ArenaConfig, group_id
+from shmx.config import ArenaConfig
 from shmx.device import pin as pin_arena
 from shmx.errors import ArenaFullError, InvalidHandleError
 from shmx.survey import arenas, prospect, shown_bytes
@@ -54,38 +54,28 @@ class Arena(_core.Arena):
     ------
     ArenaFullError
         /dev/shm has no room for even the control segment.
-    ValueError
-        A size is not positive or larger than 64 TiB.
+    ValueError, TypeError
+        A setting is out of range, or none at all; the message names it.
     """
 
     def __init__(
         self,
         *,
-        capacity: int | None = None,
-        segment_bytes: int | None = None,
+        capacity: int | str | None = None,
+        segment_bytes: int | str | None = None,
         ticket_ttl: float | None = None,
         reuse_delay: float | None = None,
         scrub: bool | None = None,
-        reserve: int | None = None,
+        reserve: int | str | None = None,
         numa_node: int | None = None,
         group: int | str | None = None,
         backend: str | None = None,
     ) -> None:
-        preset = ArenaConfig.from_environment()
-        backend = preset.backend if backend is None else backend
-        super().__init__(
-            capacity=preset.capacity if capacity is None else capacity,
-            segment_bytes=preset.segment_bytes if segment_bytes is None else segment_bytes,
-            ticket_ttl=preset.ticket_ttl if ticket_ttl is None else ticket_ttl,
-            reuse_delay=preset.reuse_delay if reuse_delay is None else reuse_delay,
-            scrub=(preset.scrub or False) if scrub is None else scrub,
-            reserve=preset.reserve if reserve is None else reserve,
-            numa_node=preset.numa_node if numa_node is None else numa_node,
-            group=None if (chosen := preset.group if group is None else group) is None else group_id(chosen),
-            backend=backend,
-        )
+        given = ArenaConfig(capacity, segment_bytes, ticket_ttl, reuse_delay, scrub, reserve, numa_node, group, backend)
+        settings = ArenaConfig.from_environment().given() | given.given()
+        super().__init__(**settings)
         _logger.info("arena %s made, backend %s, capacity %d bytes", self.name, self.backend, self.capacity)
-        if backend == "auto" and self.backend == "memfd":
+        if settings.get("backend") == "auto" and self.backend == "memfd":
             _warn_of_memfd(self)
         # Those of dead owners that made room for it.
         _log_removals()
@@ -181,12 +171,12 @@ def default_arena() -> Arena:
 
 def configure(
     *,
-    capacity: int | None = None,
-    segment_bytes: int | None = None,
+    capacity: int | str | None = None,
+    segment_bytes: int | str | None = None,
     ticket_ttl: float | None = None,
     reuse_delay: float | None = None,
     scrub: bool | None = None,
-    reserve: int | None = None,
+    reserve: int | str | None = None,
     numa_node: int | None = None,
     group: int | str | None = None,
     backend: str | None = None,
@@ -200,6 +190,8 @@ def configure(
     ------
     RuntimeError
         The default arena exists already.
+    ValueError, TypeError
+        A setting is out of range, or none at all; then nothing is set.
     """
     with _lock:
         if _default is not None and not _default.closed:
@@ -210,9 +202,9 @@ def configure(
         settings = ArenaConfig(
             capacity, segment_bytes, ticket_ttl, reuse_delay, scrub, reserve, numa_node, group, backend
         )
-        if group is not None:
-            _core.set_trusted_group(group_id(group))
-        _configured.update({name: value for name, value in vars(settings).items() if value is not None})
+        if isinstance(settings.group, int):
+            _core.set_trusted_group(settings.group)
+        _configured.update(settings.given())
 
 
 def chosen_backend() -> str:

@@ -8,7 +8,8 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from operator import index
+from typing import Any, SupportsFloat, SupportsIndex
 
 from shmx import _core
 
@@ -34,8 +35,12 @@ def _bytes(name: str, text: str, least: int = _LEAST_BYTES) -> int:
         size = int(float(number) * unit) if "." in number else int(number) * unit
     except (ValueError, OverflowError):
         raise ValueError(f"{name}={text!r} is not a size; give bytes, or a number with KiB, MiB or GiB") from None
+    return _in_range(name, text, size, least)
+
+
+def _in_range(name: str, given: object, size: int, least: int = _LEAST_BYTES) -> int:
     if not least <= size <= _MOST_BYTES:
-        raise ValueError(f"{name}={text!r} is out of range; give a size between {least} bytes and 64 TiB")
+        raise ValueError(f"{name}={given!r} is out of range; give a size between {least} bytes and 64 TiB")
     return size
 
 
@@ -62,13 +67,15 @@ def group_id(group: int | str, name: str = "group") -> int:
             return grp.getgrnam(group).gr_gid
         except KeyError:
             raise ValueError(f"{name}={group!r} is no group of this system; give its name or its number") from None
+    if not isinstance(group, (int, str)):
+        raise TypeError(f"{name}={group!r} is no group; give its name or its number")
     if not 0 <= int(group) < _NO_GROUP:
         raise ValueError(f"{name}={group!r} is no group; give its name or its number")
     return int(group)
 
 
-def _backend(name: str, text: str) -> str:
-    if text not in BACKENDS:
+def _backend(name: str, text: object) -> str:
+    if not isinstance(text, str) or text not in BACKENDS:
         raise ValueError(f"{name}={text!r} is not a backend; give one of {', '.join(BACKENDS)}")
     return text
 
@@ -96,6 +103,55 @@ _OF_THE_PROCESS: dict[str, tuple[Callable[[str, str], Any], Callable[[Any], None
     "SHMX_NT_THRESHOLD": (partial(_bytes, least=1), _core.set_non_temporal_threshold),
     "SHMX_GROUP": (lambda name, text: group_id(text, name), _core.set_trusted_group),
     "SHMX_MIN_BYTES": (partial(_bytes, least=0), _set_min_bytes),
+}
+
+
+# What arguments are: the same, but numbers and truths are no texts.
+
+
+def _size_of(name: str, value: object) -> int:
+    if isinstance(value, str):
+        return _bytes(name, value)
+    if not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name}={value!r} is not a size; give a whole number of bytes, or a text such as '8GiB'")
+    return _in_range(name, value, index(value))
+
+
+def _time_of(name: str, value: object) -> float:
+    if not isinstance(value, SupportsFloat):
+        raise TypeError(f"{name}={value!r} is not a number of seconds; give one, 0 or more")
+    seconds = float(value)
+    if not seconds >= 0:
+        raise ValueError(f"{name}={value!r} is out of range; give seconds, 0 or more")
+    return seconds
+
+
+def _truth_of(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is not a flag; give True or False")
+    return value
+
+
+def _node_of(name: str, value: object) -> int:
+    if not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name}={value!r} is not a NUMA node; give its number")
+    return _node(name, str(index(value)))
+
+
+def _group_of(name: str, value: Any) -> int:
+    return group_id(value, name)
+
+
+_ARGUMENTS: dict[str, Callable[[str, object], Any]] = {
+    "capacity": _size_of,
+    "segment_bytes": _size_of,
+    "ticket_ttl": _time_of,
+    "reuse_delay": _time_of,
+    "scrub": _truth_of,
+    "reserve": _size_of,
+    "numa_node": _node_of,
+    "group": _group_of,
+    "backend": _backend,
 }
 
 
@@ -134,6 +190,9 @@ def default_min_bytes() -> int:
 @dataclass(frozen=True)
 class ArenaConfig:
     """What an arena is made with. ``None`` leaves the choice to shmx.
+
+    Raises ``ValueError`` or ``TypeError`` that names the setting if it is none. Sizes are bytes, or texts such as
+    ``"8GiB"``, and are kept as bytes.
 
     Parameters
     ----------
@@ -177,15 +236,24 @@ class ArenaConfig:
         Environment: ``SHMX_BACKEND``.
     """
 
-    capacity: int | None = None
-    segment_bytes: int | None = None
+    capacity: int | str | None = None
+    segment_bytes: int | str | None = None
     ticket_ttl: float | None = None
     reuse_delay: float | None = None
     scrub: bool | None = None
-    reserve: int | None = None
+    reserve: int | str | None = None
     numa_node: int | None = None
     group: int | str | None = None
     backend: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        for name, value in self.given().items():
+            object.__setattr__(self, name, _ARGUMENTS[name](name, value))
+
+    def given(self) -> dict[str, Any]:
+        """Settings that are not left to shmx."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> ArenaConfig:

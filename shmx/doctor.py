@@ -108,12 +108,10 @@ def check_shm_size(
 
 def _capacity(size: int, environment: Mapping[str, str]) -> tuple[int, str]:
     try:
-        capacity = ArenaConfig.from_environment({"SHMX_CAPACITY": environment["SHMX_CAPACITY"]}).capacity
+        given = ArenaConfig.from_environment({"SHMX_CAPACITY": environment["SHMX_CAPACITY"]}).given()
+        return given["capacity"], "SHMX_CAPACITY"
     except (KeyError, ValueError):
-        capacity = None
-    if capacity is not None:
-        return capacity, "SHMX_CAPACITY"
-    return min(size // 2, _LARGEST_DEFAULT), "the default"
+        return min(size // 2, _LARGEST_DEFAULT), "the default"
 
 
 def check_shm_inodes(total: int | None = None, free: int | None = None) -> Finding:

@@ -38,31 +38,67 @@ def fill_up(arena: shmx.Arena, size: int) -> list[shmx.SharedTensor]:
 # ---- settings
 
 
-@pytest.mark.parametrize("field", ["capacity", "segment_bytes"])
+@pytest.fixture
+def unconfigured(monkeypatch):
+    """What a test tells shmx.configure ends with it."""
+    monkeypatch.setattr(shmx.arena, "_configured", {})
+
+
+def refused(kind: type[Exception], **setting: object) -> None:
+    """Refused at once by whatever takes settings, by the setting's name."""
+    for use in (shmx.Arena, shmx.configure):
+        with pytest.raises(kind, match=rf"^{next(iter(setting))}=.*; give "):
+            use(**setting)
+    assert shmx.arena._configured == {}
+
+
+SIZES = ["capacity", "segment_bytes", "reserve"]
+
+
+@pytest.mark.usefixtures("unconfigured")
+@pytest.mark.parametrize("field", SIZES)
 def test_a_size_out_of_range_is_a_value_error_that_names_the_field(field, segments):
-    for number in (0, -1, -(1 << 62), 1, 255, (1 << 46) + 1, 1 << 62, 1 << 63, 1 << 70, -(1 << 70)):
-        with pytest.raises(ValueError, match=field):
-            shmx.Arena(**{field: number})
+    for number in (0, -1, -(1 << 62), 1, 255, (1 << 46) + 1, 1 << 62, 1 << 63, 1 << 70, -(1 << 70), "1", "100TiB"):
+        refused(ValueError, **{field: number})
     assert not segments()
 
 
-@pytest.mark.parametrize("field", ["capacity", "segment_bytes"])
-def test_a_size_that_is_no_integer_is_a_type_error(field, segments):
-    for wrong in ("1GiB", 1.5, [1 << 20], math.inf):
-        with pytest.raises(TypeError, match=field):
-            shmx.Arena(**{field: wrong})
+@pytest.mark.usefixtures("unconfigured")
+@pytest.mark.parametrize("field", SIZES)
+def test_what_is_no_size_is_refused_by_name(field, segments):
+    for wrong in (1.5, 1e9, [1 << 20], math.inf, b"1GiB"):
+        refused(TypeError, **{field: wrong})
+    refused(ValueError, **{field: "lots"})
     assert not segments()
 
 
+@pytest.mark.usefixtures("unconfigured")
 @pytest.mark.parametrize("field", ["ticket_ttl", "reuse_delay"])
-def test_a_time_that_is_negative_or_no_number_is_a_value_error_that_names_the_field(field):
+def test_a_time_that_is_negative_or_no_number_is_refused_by_name(field):
     for wrong in (-1, -0.001, -math.inf, math.nan):
-        with pytest.raises(ValueError, match=field):
-            shmx.Arena(**{field: wrong})
-    with pytest.raises(TypeError, match=field):
-        shmx.Arena(**{field: "soon"})
+        refused(ValueError, **{field: wrong})
+    for wrong in ("soon", "5", [5]):
+        refused(TypeError, **{field: wrong})
     for right in (0, 0.5, 10**9, math.inf):
         shmx.Arena(**{field: right}).close()
+
+
+@pytest.mark.usefixtures("unconfigured")
+def test_every_other_setting_that_is_none_is_refused_by_name():
+    for wrong in ("foo", "", 5):
+        refused(ValueError, backend=wrong)
+    for wrong in (1, "yes"):
+        refused(TypeError, scrub=wrong)
+    refused(ValueError, numa_node=-1)
+    refused(TypeError, numa_node="0")
+    refused(TypeError, group=1.5)
+
+
+@pytest.mark.usefixtures("unconfigured")
+def test_an_argument_may_be_a_size_with_a_unit():
+    assert shmx.Arena(capacity="2MiB").capacity == 2 * MIB
+    shmx.configure(capacity="3MiB", segment_bytes="8KiB")
+    assert shmx.default_arena().capacity == 3 * MIB
 
 
 def test_an_unknown_setting_is_a_type_error():
@@ -143,12 +179,6 @@ def test_an_argument_wins_over_the_environment(monkeypatch):
     monkeypatch.setenv("SHMX_CAPACITY", "1MiB")
     assert shmx.Arena().capacity == MIB
     assert shmx.Arena(capacity=2 * MIB).capacity == 2 * MIB
-
-
-@pytest.fixture
-def unconfigured(monkeypatch):
-    """What a test tells shmx.configure ends with it."""
-    monkeypatch.setattr(shmx.arena, "_configured", {})
 
 
 @pytest.mark.usefixtures("unconfigured")
