@@ -388,7 +388,10 @@ def _discard_text(text: str) -> bool:
 
 
 def trim() -> int:
-    """Give memory of the default arena that is not in use back to the system; returns the number of bytes."""
+    """Give segments of the default arena in which no block is in use back to the system; returns how many bytes.
+
+    One block that is held, or has loads to come, keeps all of its segment.
+    """
     arena = _default
     return arena.trim() if arena is not None and not arena.closed else 0
 
