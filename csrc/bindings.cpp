@@ -961,6 +961,7 @@ py::dict describe(const ArenaSurvey& arena) {
   result["owner_left"] = arena.owner_left;
   result["capacity"] = arena.capacity;
   result["ticket_ttl"] = arena.ticket_ttl;
+  result["reserved_bytes"] = arena.reserved_bytes;
   result["segments"] = arena.segments;
   result["blocks_in_use"] = arena.blocks_in_use;
   result["bytes_in_use"] = arena.bytes_in_use;

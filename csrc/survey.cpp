@@ -163,7 +163,10 @@ class Surveyor {
     for (const SegmentEntry& segment : header().segments) {
       const SegmentStatus status = read(segment.status);
       if (status > SegmentStatus::kDead) return damaged("its segment table is damaged");
-      result_.segments += status == SegmentStatus::kLive ? 1 : 0;
+      if (status != SegmentStatus::kLive) continue;
+      if (read(segment.committed) > header().capacity) return damaged("its segment table is damaged");
+      ++result_.segments;
+      result_.reserved_bytes += read(segment.committed);
     }
     return true;
   }

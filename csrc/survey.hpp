@@ -50,6 +50,7 @@ struct ArenaSurvey {
   std::uint32_t owner_pid = 0;
   bool owner_left = false;  // it ended in order, not by a kill
   std::uint64_t capacity = 0;
+  std::uint64_t reserved_bytes = 0;  // of the capacity: data, without the control segment
   double ticket_ttl = 0;
   std::uint32_t segments = 0;
   std::uint32_t blocks_in_use = 0;  // held, or with loads to come

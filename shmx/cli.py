@@ -66,7 +66,8 @@ def _lines_of(arena: dict[str, Any]) -> list[str]:
     if arena["state"] == "orphan":
         owner += " has ended" if arena["owner_left"] else " has died"
     lines = [
-        f"{arena['name']}{kind}  {arena['state']}  {owner}  {size} of {shown_bytes(arena['capacity'])} taken, "
+        f"{arena['name']}{kind}  {arena['state']}  {owner}  {shown_bytes(arena['reserved_bytes'])} of "
+        f"{shown_bytes(arena['capacity'])} taken, "
         f"{counted(arena['segments'], 'segment')}"
     ]
     lines.append(f"  {counted(arena['blocks_in_use'], 'block')} in use, {shown_bytes(arena['bytes_in_use'])}")

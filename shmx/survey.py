@@ -29,10 +29,11 @@ def arenas() -> list[dict[str, Any]]:
           ``"other version"`` (of a shmx with another layout) or ``"damaged"``, and ``trouble``, what is wrong.
 
         For those that are alive or orphans also ``owner_pid``, ``owner_left`` (it ended in order), ``capacity``,
-        ``ticket_ttl``, ``segments``, ``blocks_in_use`` and ``bytes_in_use`` (held, or with loads to come),
-        ``messages``, ``expired_messages``, ``loads_to_come``, ``oldest_message_seconds``, and ``peers``: ``slot``,
-        ``pid``, ``alive``, ``blocks`` and ``bytes`` of each process that is alive or has left holds behind. Slot 0 is
-        the owner's. The numbers are read while others go on, one after another.
+        ``reserved_bytes`` (what of it has been taken from the system), ``ticket_ttl``, ``segments``,
+        ``blocks_in_use`` and ``bytes_in_use`` (held, or with loads to come), ``messages``, ``expired_messages``,
+        ``loads_to_come``, ``oldest_message_seconds``, and ``peers``: ``slot``, ``pid``, ``alive``, ``blocks`` and
+        ``bytes`` of each process that is alive or has left holds behind. Slot 0 is the owner's. The numbers are read
+        while others go on, one after another.
     """
     return _core.survey()
 

@@ -59,6 +59,11 @@ def test_ls_tells_the_owner_the_peers_and_the_messages(capsys, start_peer):
         arena.sweep()
 
 
+def test_ls_of_a_full_arena_says_that_all_of_it_is_taken_and_no_more(capsys):
+    with shmx.Arena(capacity=1 << 20) as arena, arena.share(pattern(1, 1 << 20)):
+        assert "  1.0 MiB of 1.0 MiB taken, " in lines_of(printed(capsys, "ls"), arena.name)[0]
+
+
 def test_ls_as_json_is_what_arenas_returns(capsys):
     with shmx.Arena(capacity=1 << 20) as arena:
         handle = arena.share(pattern(1))
