@@ -1316,23 +1316,25 @@ PYBIND11_MODULE(_core, module) {
           "share",
           [](Arena& arena, const py::object& tensor, const std::optional<std::string>& key,
              std::optional<double> timeout) { return arena_share(arena, tensor, key, {timeout}); },
-          "tensor"_a, py::kw_only(), "key"_a = py::none(), "timeout"_a = py::none())
+          "tensor"_a, py::kw_only(), "key"_a = py::none(), "timeout"_a = py::none(), doc::kShare)
       .def("share_many", &arena_share_many, "tensors"_a, py::kw_only(), "timeout"_a = py::none(),
-           "readers"_a = py::none())
-      .def("try_share", &arena_try_share, "tensor"_a)
+           "readers"_a = py::none(), doc::kShareMany)
+      .def("try_share", &arena_try_share, "tensor"_a, doc::kTryShare)
       .def(
           "empty",
           [](Arena& arena, const std::vector<std::int64_t>& shape, const py::object& dtype,
              std::optional<double> timeout) { return arena_empty(arena, {dtype_of(dtype), 0, shape, {}}, timeout); },
           "shape"_a, py::kw_only(), "dtype"_a, "timeout"_a = py::none())
-      .def("trim", &Arena::trim, py::call_guard<py::gil_scoped_release>())
-      .def("sweep", &Arena::sweep, py::kw_only(), "expire_messages"_a = false, py::call_guard<py::gil_scoped_release>())
+      .def("trim", &Arena::trim, py::call_guard<py::gil_scoped_release>(), doc::kTrim)
+      .def("sweep", &Arena::sweep, py::kw_only(), "expire_messages"_a = false, py::call_guard<py::gil_scoped_release>(),
+           doc::kSweep)
       .def("close", &Arena::close, py::call_guard<py::gil_scoped_release>())
-      .def("stats", &arena_stats)
-      .def_property_readonly("name", &Arena::name)
-      .def_property_readonly("backend", [](const Arena& arena) { return backend_name(arena.backend()); })
-      .def_property_readonly("closed", &Arena::closed)
-      .def_property_readonly("capacity", [](const Arena& arena) { return arena.options().capacity; });
+      .def("stats", &arena_stats, doc::kStats)
+      .def_property_readonly("name", &Arena::name, "As in ``shmx ls`` and in messages of errors.")
+      .def_property_readonly(
+          "backend", [](const Arena& arena) { return backend_name(arena.backend()); }, "``\"shm\"`` or ``\"memfd\"``.")
+      .def_property_readonly("closed", &Arena::closed, "Whether it allocates no more in this process.")
+      .def_property_readonly("capacity", [](const Arena& arena) { return arena.options().capacity; }, "Bytes at most.");
 
   module.def("attach", &attach_to, "handle"_a);
   module.def("current_readers", &ReadersContext::current_count);

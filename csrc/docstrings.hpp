@@ -43,7 +43,9 @@ torch.Tensor
 
 Raises
 ------
-The same as :meth:`view`; ``MemoryError``.)";
+The same as :meth:`view`; ``MemoryError``.
+DeviceError
+    The copy to the device failed, or its stream is capturing a graph.)";
 
 inline constexpr const char* kMaterializeInto = R"(Copy the tensor into ``dst`` and return ``dst``.
 
@@ -100,6 +102,50 @@ Raises
 ------
 InvalidHandleError
     The bytes are damaged, hostile, or of another format version.)";
+
+inline constexpr const char* kShare = R"(Publish a tensor in this arena; as :func:`shmx.share`.)";
+
+inline constexpr const char* kShareMany =
+    R"(Publish tensors that travel together in this arena; as :func:`shmx.share_many`.)";
+
+inline constexpr const char* kTryShare = R"(Publish a tensor if that takes neither a system call nor a wait.
+
+Returns
+-------
+SharedTensor or None
+    ``None`` if the arena has to grow for it, or another thread is at it: :meth:`share` does that.
+
+Raises
+------
+TypeError, ReleasedError
+    As for :meth:`share`.)";
+
+inline constexpr const char* kTrim =
+    R"(Give segments in which no block is in use back to the system; returns how many bytes.
+
+One block that is held, or has loads to come, keeps all of its segment.)";
+
+inline constexpr const char* kSweep = R"(Take back the holds of dead processes; returns of how many.
+
+Done without being asked, too, when the arena needs room.
+
+Parameters
+----------
+expire_messages : bool
+    Give up messages that have outlived their time-to-live, too.)";
+
+inline constexpr const char* kStats = R"(What this arena has and has done.
+
+Returns
+-------
+dict
+    ``name``, ``backend``, ``capacity``; ``reserved_bytes`` (taken from the system) and ``peak_reserved_bytes``;
+    ``bytes_in_use`` (of blocks that any process holds, or that have loads to come), ``largest_free_bytes`` (the
+    largest piece of reserved memory without a block), ``numa_node`` (of its first memory, if known); ``segments``;
+    ``blocks`` (in use or kept to be used again) and ``peak_block_bytes`` (the most bytes of all of them);
+    ``held_blocks`` (held by any process), ``holders`` (processes that hold one), ``messages`` (with loads to come);
+    and counts: ``published`` and, of these, ``reused`` blocks handed out, ``dead_peers_swept``,
+    ``expired_messages``, ``revoked``.)";
 
 inline constexpr const char* kReaders =
     R"(Say how often a pickle will be loaded: ``with shmx.readers(n): pickle.dumps(obj)``.

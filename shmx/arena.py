@@ -222,8 +222,8 @@ def share(tensor: torch.Tensor, *, key: str | None = None, timeout: float | None
         grad. A tensor made by :func:`empty`, or a slice of one, is not copied and keeps its strides; do not write
         to it afterwards.
     key
-        Names the content (a hash, a request's image id). While a block with that key lives in this arena, it is
-        used again and nothing is copied.
+        Names the content (a hash, a request's image id). While a block with that key lives in this arena, the handle
+        is of that block and the new tensor is ignored: nothing is copied or compared.
     timeout
         Seconds to wait for room if the arena is full. By default it raises at once.
 
@@ -454,9 +454,12 @@ def stats() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``arena``: of the default arena (``None`` if not made yet). ``attached``: names of the arenas that this process
-        takes part in; ``memberships``: the ``backend`` of each of them, what this process has loaded from it and holds
-        there, and its numbers in ``owned`` if it is this process's. ``pool_bytes``: kept for materialized tensors.
+        ``arena``: of the default arena, as :meth:`Arena.stats` (``None`` if not made yet). ``attached``: names of the
+        arenas that this process takes part in. ``memberships``, of each of them: ``name``, ``backend``; ``loaded``,
+        handles that this process has loaded, and ``stale_loads``, those that came too late; ``held_blocks`` and
+        ``held_bytes``, which this process alone holds (``held_blocks`` of an arena's own numbers are held by any);
+        ``owned``, its numbers as :meth:`Arena.stats` if it is this process's, else ``None``. ``pool_bytes``: private
+        memory kept for materialized tensors.
         ``inline_fallbacks``: tensors that :func:`wrap` and :func:`dumps` left in their places because the arena was
         full. ``pinned``: what is page-locked for devices: ``backend`` (``"cuda"``, ``"hip"``, ``"none"``), ``bytes``,
         ``chunks``, ``milliseconds`` spent in ``registrations`` calls, ``foreign_bytes`` (registered by somebody else),

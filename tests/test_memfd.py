@@ -120,7 +120,7 @@ def test_the_default_is_shm_and_the_environment_or_configure_choose_another(monk
 
 
 def test_an_unknown_backend_is_refused_with_those_there_are(monkeypatch):
-    with pytest.raises(ValueError, match="^backend='posix' is not a backend; give one of shm, memfd, auto"):
+    with pytest.raises(ValueError, match=r"^backend='posix' is not a backend; give one of shm, memfd, auto"):
         shmx.Arena(backend="posix")
     monkeypatch.setenv("SHMX_BACKEND", "posix")
     with pytest.raises(ValueError, match="SHMX_BACKEND='posix' is not a backend; give one of shm, memfd, auto"):

@@ -150,6 +150,12 @@ def test_every_public_object_has_a_docstring_and_a_home():
         assert one.__module__.partition(".")[0] == "shmx", name
 
 
+def test_every_public_method_of_arenas_and_handles_has_a_docstring():
+    for one in (shmx.Arena, shmx.SharedTensor):
+        for member in (name for name in dir(one) if not name.startswith("_")):
+            assert (getattr(one, member).__doc__ or "").strip(), f"{one.__name__}.{member}"
+
+
 def test_the_version_is_the_distributions():
     assert shmx.__version__ == importlib.metadata.version("torch-shmx")
 
