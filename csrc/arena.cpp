@@ -56,7 +56,10 @@ Backend chosen(const ArenaOptions& options) {
 }
 
 ArenaOptions checked(ArenaOptions options, Backend backend) {
-  if (options.capacity == 0) options.capacity = default_capacity(backend);
+  if (options.capacity == 0) {
+    options.capacity = default_capacity(backend);
+    options.half_of_shm = backend == Backend::kShm && options.capacity < kDefaultCapacity;
+  }
   const auto page = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
   if (options.capacity < page || options.capacity > kLargestCapacity) {
     throw Error(ErrorCode::kInvalidArgument, "capacity must lie between " + human_bytes(page) + " and " +
@@ -167,7 +170,7 @@ std::uint64_t Arena::checked_block_bytes(ByteCount bytes) const {
   if (value(bytes) > options_.capacity) {
     throw no_space_error(attachment_->control().name(), value(bytes),
                          "the arena's capacity is " + human_bytes(options_.capacity) +
-                             "; raise it (SHMX_CAPACITY or shmx.configure(capacity=...))");
+                             "; raise it (SHMX_CAPACITY or shmx.configure(capacity=...))" + capacity_origin());
   }
   // A step beyond the capacity could never be had, though the tensor itself can.
   return std::min(block_bytes(value(bytes)), options_.capacity);
@@ -230,7 +233,7 @@ void Arena::make_entry(std::uint64_t size) {
   for (std::uint32_t index = lists_.oldest(); index != kNoBlock; index = lists_.next_younger(index)) {
     if (may_reuse(index, Reuse::kUnderPressure, 0) && retire_block(index)) return;
   }
-  throw full(size, "all " + std::to_string(kMaxBlocks) + " blocks are in use");
+  throw full(size, "all " + std::to_string(kMaxBlocks) + " blocks are in use; release handles and views");
 }
 
 std::optional<Allocation> Arena::allocate_without_growth(std::uint64_t size) {

@@ -20,6 +20,7 @@
 #include "block_lists.hpp"
 #include "block_state.hpp"
 #include "copy.hpp"
+#include "error.hpp"
 #include "grower.hpp"
 #include "layout.hpp"
 #include "process.hpp"
@@ -40,6 +41,7 @@ struct ArenaOptions {
   std::optional<int> numa_node;              // where the memory is to lie; by default where the producer runs
   std::optional<gid_t> group;                // whose members may attach, too; by default this user id alone
   BackendChoice backend = BackendChoice::kShm;
+  bool half_of_shm = false;  // found by create(): nobody chose the capacity
 };
 
 struct Allocation {
@@ -185,7 +187,9 @@ class Arena : public ForkParticipant, public std::enable_shared_from_this<Arena>
   void drop_empty_segments();
   std::uint32_t sweep_dead_peers();
   std::uint32_t expire();
-  [[nodiscard]] Error full(std::uint64_t size, const std::string& reason);
+  [[nodiscard]] NoSpaceError full(std::uint64_t size, const std::string& reason);
+  [[nodiscard]] std::string capacity_used_up() const;
+  [[nodiscard]] std::string capacity_origin() const;
   [[nodiscard]] ControlSegment& control() { return attachment_->control(); }
   [[nodiscard]] BlockEntry& entry(std::uint32_t index) const;
 

@@ -62,7 +62,7 @@ bool Arena::grow(std::uint64_t size) {
       return true;
     }
     if (reserved_ + size > options_.capacity) {
-      growth_refusal_ = "the capacity of " + human_bytes(options_.capacity) + " is used up";
+      growth_refusal_ = capacity_used_up();
       return false;
     }
     const std::uint32_t slot = add_segment(std::max(options_.segment_bytes, whole_pages(size)));
@@ -73,18 +73,15 @@ bool Arena::grow(std::uint64_t size) {
       throw;
     }
     return true;
-  } catch (const Error& error) {
-    if (error.code() != ErrorCode::kArenaFull) throw;
-    growth_refusal_ = error.what();
+  } catch (const NoSpaceError& error) {
+    growth_refusal_ = error.reason();
     return false;
   }
 }
 
 void Arena::commit(std::uint32_t slot, std::uint64_t bytes) {
   const Segment& segment = segments_[slot];
-  if (reserved_ + bytes > options_.capacity) {
-    throw no_space_error(name(), bytes, "the capacity of " + human_bytes(options_.capacity) + " is used up");
-  }
+  if (reserved_ + bytes > options_.capacity) throw no_space_error(name(), bytes, capacity_used_up());
   // More than the request needs is only taken where it is to be had.
   const std::uint64_t room = std::min(segment.bytes - segment.committed, options_.capacity - reserved_);
   std::uint64_t step = std::min(grows_ahead() ? whole_steps(bytes) : whole_pages(std::max(bytes, ahead())), room);

@@ -10,7 +10,7 @@
 
 namespace shmx {
 
-Error Arena::full(std::uint64_t size, const std::string& reason) {
+NoSpaceError Arena::full(std::uint64_t size, const std::string& reason) {
   std::uint64_t own = 0;
   std::uint64_t foreign = 0;
   std::uint32_t waiting = 0;
@@ -30,17 +30,29 @@ Error Arena::full(std::uint64_t size, const std::string& reason) {
       waiting_bytes += bytes;
     }
   }
-  std::string who = "; held by this process " + human_bytes(own) + ", by its consumers " + human_bytes(foreign);
+  std::string peers;
+  std::uint64_t in_sum = 0;
   for (std::uint32_t peer = 1; peer < kMaxPeers; ++peer) {
     if (held[peer] == 0) continue;
-    who += " (pid " + std::to_string(control().header().peers[peer].pid.load(std::memory_order_relaxed)) + ": " +
-           human_bytes(held[peer]) + ")";
+    peers += (peers.empty() ? " (pid " : ", pid ") +
+             std::to_string(control().header().peers[peer].pid.load(std::memory_order_relaxed)) + ": " +
+             human_bytes(held[peer]);
+    in_sum += held[peer];
   }
+  std::string who = "; held by this process " + human_bytes(own) + ", by its consumers " + human_bytes(foreign) +
+                    (in_sum > foreign ? " together, some of it by several" : "") + peers + (peers.empty() ? "" : ")");
   who += ", by " + std::to_string(waiting) + " messages not loaded yet " + human_bytes(waiting_bytes);
-  return no_space_error(name(), size,
-                        reason + who +
-                            "; release handles and views, raise the capacity (SHMX_CAPACITY), or wait "
-                            "for room with timeout=");
+  return no_space_error(name(), size, reason + who + "; timeout= waits for room");
+}
+
+std::string Arena::capacity_used_up() const {
+  return "the capacity of " + human_bytes(options_.capacity) +
+         " is used up; release handles and views, or raise it (SHMX_CAPACITY)" + capacity_origin();
+}
+
+// Nobody who has set no capacity knows where it comes from.
+std::string Arena::capacity_origin() const {
+  return options_.half_of_shm ? "; it is half of /dev/shm, which docker run --shm-size enlarges" : "";
 }
 
 ArenaStats Arena::stats() {

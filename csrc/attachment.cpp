@@ -164,10 +164,11 @@ bool Attachment::confirm_arena() {
 }
 
 Error Attachment::stale(BlockIndex block) const {
-  return {ErrorCode::kStaleHandle,
-          "block " + std::to_string(value(block)) + " of arena " + control_.name() +
-              " was reused or revoked after this handle was made; announce every load when pickling "
-              "(shmx.readers(n) or with_readers(n)), or enlarge SHMX_CAPACITY"};
+  return {
+      ErrorCode::kStaleHandle,
+      "block " + std::to_string(value(block)) + " of arena " + control_.name() +
+          " was reused or revoked after this handle was made; announce every load when pickling "
+          "(shmx.readers(n) or with_readers(n)), or enlarge SHMX_CAPACITY; if it was revoked, the request was aborted"};
 }
 
 Hold Attachment::load(BlockIndex block, Generation generation, std::optional<MessageId> message) {

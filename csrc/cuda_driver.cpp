@@ -200,7 +200,10 @@ void DeviceDriver::open() {
   const std::string path = chosen != nullptr && *chosen != '\0' ? chosen : known.library;
   void* library = ::dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
-    throw Error(ErrorCode::kDevice, "no driver " + path + ": " + ::dlerror());  // NOLINT(concurrency-mt-unsafe)
+    throw Error(ErrorCode::kDevice, "no driver " + path + ": " + ::dlerror() +  // NOLINT(concurrency-mt-unsafe)
+                                        "; without it copies to devices are pageable. Install it (in a container, "
+                                        "docker run --gpus all), or name it by " +
+                                        known.path_variable);
   }
   auto table = std::make_unique<Table>();
   const auto find = [&](auto& function, const char* name) {

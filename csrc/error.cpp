@@ -35,9 +35,13 @@ Error system_error(const std::string& call, const std::string& object, int syste
   return {ErrorCode::kSystem, call + " of " + object + ": " + text + remedy(system_errno), system_errno};
 }
 
-Error no_space_error(const std::string& object, std::uint64_t wanted_bytes, const std::string& reason) {
-  return {ErrorCode::kArenaFull, "arena " + object + ": no room for " + human_bytes(wanted_bytes) + ": " + reason,
-          ENOSPC};
+NoSpaceError::NoSpaceError(const std::string& object, std::uint64_t wanted_bytes, const std::string& reason)
+    : Error(ErrorCode::kArenaFull, "arena " + object + ": no room for " + human_bytes(wanted_bytes) + ": " + reason,
+            ENOSPC),
+      reason_begin_(std::strlen(what()) - reason.size()) {}
+
+NoSpaceError no_space_error(const std::string& object, std::uint64_t wanted_bytes, const std::string& reason) {
+  return {object, wanted_bytes, reason};
 }
 
 std::string human_bytes(std::uint64_t bytes) {

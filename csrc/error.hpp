@@ -2,6 +2,7 @@
 // object, what happened and the remedy. bindings.cpp maps each code to one Python exception class.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -37,8 +38,19 @@ class Error : public std::runtime_error {
 // "shm_open of /shmx-12ab: Too many open files (raise the limit with ulimit -n)"
 [[nodiscard]] Error system_error(const std::string& call, const std::string& object, int system_errno);
 
-// A reservation of shared memory that the system refused: capacity of /dev/shm, cgroup, or memory.
-[[nodiscard]] Error no_space_error(const std::string& object, std::uint64_t wanted_bytes, const std::string& reason);
+// A reservation of shared memory that the system refused: capacity of /dev/shm, cgroup, or memory. The reason, with its
+// remedy, is kept apart for those who know better which object it is about.
+class NoSpaceError : public Error {
+ public:
+  NoSpaceError(const std::string& object, std::uint64_t wanted_bytes, const std::string& reason);
+  [[nodiscard]] const char* reason() const noexcept { return what() + reason_begin_; }
+
+ private:
+  std::size_t reason_begin_;
+};
+
+[[nodiscard]] NoSpaceError no_space_error(const std::string& object, std::uint64_t wanted_bytes,
+                                          const std::string& reason);
 
 [[nodiscard]] std::string human_bytes(std::uint64_t bytes);
 

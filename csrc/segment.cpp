@@ -93,6 +93,15 @@ std::string read_link(const std::string& path) {
   return length < 0 ? std::string() : std::string(target, static_cast<std::size_t>(length));
 }
 
+// For a message: " (12.0 GiB)", or nothing where the system does not say.
+std::string shm_size() {
+  try {
+    return " (" + human_bytes(shm_filesystem_bytes()) + ")";
+  } catch (const Error&) {
+    return "";
+  }
+}
+
 }  // namespace
 
 UniqueFd& UniqueFd::operator=(UniqueFd&& other) noexcept {
@@ -148,7 +157,10 @@ UniqueFd create_segment(const std::string& name) {
   // shm_open sets FD_CLOEXEC by itself.
   const int fd = ::shm_open(name.c_str(), O_RDWR | O_CREAT | O_EXCL, 0600);
   if (fd < 0) {
-    if (errno == ENOSPC) throw no_space_error(name, 0, "/dev/shm has no inode or page left; enlarge it (--shm-size)");
+    if (errno == ENOSPC)
+      throw no_space_error(name, 0,
+                           "/dev/shm has no inode or page left; make it larger than now" + shm_size() +
+                               ", by docker run --shm-size=SIZE");
     throw system_error("shm_open", name, errno);
   }
   return UniqueFd(fd);
@@ -255,8 +267,9 @@ void reserve_segment(int fd, const std::string& name, std::uint64_t offset, Byte
   }
   if (errno == ENOSPC || errno == ENOMEM) {
     throw no_space_error(name, value(bytes),
-                         "/dev/shm is full; enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g "
-                         "/dev/shm), release handles, or run `shmx gc` to remove arenas of dead processes");
+                         "/dev/shm is full; make it larger than now" + shm_size() +
+                             ", by docker run --shm-size=SIZE or mount -o remount,size=SIZE /dev/shm, release handles, "
+                             "or run `shmx gc` to remove arenas of dead processes");
   }
   throw system_error("fallocate", name, errno);
 }

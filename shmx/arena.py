@@ -137,7 +137,7 @@ def _warn_of_memfd(arena: Arena) -> None:
     message = (
         f"/dev/shm is too small for an arena of {shown_bytes(arena.capacity)}, so {arena.name} uses backend memfd: a "
         "process must load its first handle of it, or call shmx.attach, while this one lives; a later first load is a "
-        'SegmentLostError. Enlarge /dev/shm (docker run --shm-size=8g), or accept it with backend="memfd"'
+        'SegmentLostError. Give /dev/shm that much room (docker run --shm-size), or accept it with backend="memfd"'
     )
     _logger.warning("%s", message)
     warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -94,7 +94,8 @@ def check_shm_size(
         size, free = facts.f_blocks * facts.f_frsize, facts.f_bavail * facts.f_frsize
     capacity, source = _capacity(size, environment)
     what = f"{shown_bytes(size)}, {shown_bytes(free)} free; an arena takes up to {shown_bytes(capacity)} ({source})"
-    enlarge = "enlarge it: docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm"
+    gib = max(8, -(-max(2 * size, capacity) >> 30))
+    enlarge = f"enlarge it: docker run --shm-size={gib}g, or mount -o remount,size={gib}g /dev/shm"
     if free < _MIB:
         return Finding("shm size", "fail", what, f"remove what fills it (shmx gc, ls -l /dev/shm), or {enlarge}")
     if capacity > size:

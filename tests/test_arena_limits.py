@@ -252,6 +252,32 @@ def test_a_full_arena_names_the_process_that_holds_it(children):
     child.result()
 
 
+def test_a_full_arena_tells_what_is_held_by_several_processes_once(children):
+    arena = shmx.Arena(capacity=3 * MIB)
+    shared, _alone = arena.share(filled(2 * MIB)), arena.share(filled(MIB))
+    consumers = [children.start(hold), children.start(hold)]
+    pids = []
+    for child in consumers:
+        child.send(shared)
+        pids.append(child.receive())
+    with pytest.raises(shmx.ArenaFullError) as caught:
+        arena.share(filled(MIB))
+    told = f"by its consumers 2.0 MiB together, some of it by several (pid {pids[0]}: 2.0 MiB, pid {pids[1]}: 2.0 MiB)"
+    assert told in str(caught.value)
+    for child in consumers:
+        child.send("release")
+        child.result()
+
+
+@pytest.mark.needs_names
+def test_a_capacity_that_nobody_chose_is_told_to_be_half_of_dev_shm():
+    origin = "it is half of /dev/shm, which docker run --shm-size enlarges"
+    for arena, told in ((shmx.Arena(), True), (shmx.Arena(capacity=shmx.default_arena().capacity), False)):
+        with pytest.raises(shmx.ArenaFullError) as caught:
+            arena.empty((arena.capacity + 1,), dtype=torch.uint8)
+        assert (origin in str(caught.value)) == (told and arena.capacity < 64 << 30)
+
+
 def test_a_tensor_larger_than_the_capacity_is_refused_at_once():
     arena = shmx.Arena(capacity=MIB)
     for refuse in (
@@ -283,6 +309,8 @@ def test_more_than_dev_shm_holds_is_refused_cleanly_and_the_arena_goes_on():
         arena.empty((facts.f_blocks * facts.f_frsize + MIB,), dtype=torch.uint8)
     assert caught.value.errno == errno.ENOSPC
     assert "--shm-size" in str(caught.value) or "container's memory limit" in str(caught.value)
+    assert str(caught.value).count("no room for") == 1
+    assert "SHMX_CAPACITY" not in str(caught.value) or "memory limit" in str(caught.value)
     assert arena.stats()["reserved_bytes"] == 0
     assert names_of(arena) == {arena.name.removeprefix("/")}
     assert torch.equal(arena.share(filled(MIB)).view(), filled(MIB))

@@ -14,7 +14,7 @@ import pytest
 
 import shmx
 from shmx import doctor
-from shmx.config import environment_settings
+from shmx.config import ArenaConfig, environment_settings
 from shmx.doctor import Finding
 from tests.patterns import pattern
 
@@ -83,6 +83,14 @@ def test_a_shm_directory_that_may_not_be_written(tmp_path, monkeypatch):
 def test_shm_size(size, free, capacity, status):
     environment = {} if capacity is None else {"SHMX_CAPACITY": capacity}
     assert doctor.check_shm_size(size, free, environment).status == status
+
+
+@pytest.mark.parametrize(("size", "capacity"), [(12 * GIB, "13GiB"), (4 * GIB, "20GiB"), (64 << 20, "32MiB")])
+def test_the_size_that_is_asked_for_is_larger_than_the_one_there_is_and_than_the_capacity(size, capacity):
+    remedy = doctor.check_shm_size(size, size, {"SHMX_CAPACITY": capacity}).remedy
+    (asked,) = re.findall(r"--shm-size=(\d+)g", remedy)
+    assert int(asked) * GIB > size
+    assert int(asked) * GIB >= ArenaConfig(capacity=capacity).given()["capacity"]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def arena_full() -> Provoked:
     kept = arena.empty((1 << 20,), dtype=torch.uint8)
     error = of(lambda: arena.share(torch.zeros(10)))
     del kept
-    return error, [arena.name, "no room for 256 B", "release handles and views, raise the capacity (SHMX_CAPACITY)"]
+    return error, [arena.name, "no room for 256 B", "used up; release handles and views, or raise it (SHMX_CAPACITY)"]
 
 
 def segment_lost() -> Provoked:
@@ -106,7 +106,13 @@ def stale() -> Provoked:
     with arena.share(torch.zeros(1024)) as handle, shmx.readers(0):
         blob = pickle.dumps(handle)
     arena.share(torch.zeros(1024))
-    return of(pickle.loads(blob).materialize), ["block 0 of", arena.name, "readers(n)", "enlarge SHMX_CAPACITY"]
+    return of(pickle.loads(blob).materialize), [
+        "block 0 of",
+        arena.name,
+        "readers(n)",
+        "enlarge SHMX_CAPACITY",
+        "the request was aborted",
+    ]
 
 
 def revoked() -> Provoked:
