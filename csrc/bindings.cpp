@@ -4,6 +4,7 @@
 // one, and for copies over 64 KiB; the leaf locks of the core (process.hpp) are taken under it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <array>
 #include <chrono>
@@ -62,6 +63,25 @@ class type_caster<shmx::Arena> : public initialized_caster<shmx::Arena> {};
 
 namespace shmx {
 namespace {
+
+// As py::gil_scoped_release, for threads, too, that come back while the interpreter ends. Python before 3.14 unwinds
+// such a thread, which no destructor lets pass: it would be an abort. Here it stands still instead, as from 3.14 on.
+class GilReleased {
+ public:
+  GilReleased() : state_(PyEval_SaveThread()) {}
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+  ~GilReleased() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (...) {
+      for (;;) ::pause();
+    }
+  }
+
+ private:
+  PyThreadState* state_;
+};
 
 using namespace pybind11::literals;
 
@@ -248,7 +268,7 @@ class PooledMemory {
 };
 
 void copy_tensor_bytes(void* destination, const void* source, std::uint64_t bytes, Destination where) {
-  std::optional<py::gil_scoped_release> released;
+  std::optional<GilReleased> released;
   if (bytes > kCopyWithoutGil) released.emplace();
   copy_bytes(destination, source, bytes, where);
 }
@@ -340,7 +360,7 @@ class SharedTensor {
     if (state.reason == ErrorCode::kNone && find_attachment(state.arena) != nullptr) {
       return SharedTensor(Handle::load(state));
     }
-    const py::gil_scoped_release released;
+    const GilReleased released;
     return SharedTensor(Handle::load(state));
   }
 
@@ -486,7 +506,7 @@ class SharedTensor {
   [[nodiscard]] const Handle& handle() const { return handle_; }
   static std::byte* map(const Hold& hold) {
     if (std::byte* known = hold.attachment().mapped(hold)) return known;
-    const py::gil_scoped_release released;
+    const GilReleased released;
     return hold.attachment().data(hold);
   }
 
@@ -537,7 +557,7 @@ std::shared_ptr<Arena> make_arena(const std::optional<py::int_>& capacity, const
   if (reserve) options.reserve = positive_bytes(*reserve, "reserve");
   options.numa_node = numa_node;
   options.group = group;
-  const py::gil_scoped_release released;
+  const GilReleased released;
   return Arena::create(options);
 }
 
@@ -558,7 +578,7 @@ Allocation allocate(Arena& arena, std::uint64_t bytes, Wait wait) {
       std::optional<std::string> notice;
       std::optional<Allocation> allocation;
       {
-        const py::gil_scoped_release released;
+        const GilReleased released;
         allocation = arena.allocate(ByteCount{bytes});
         notice = arena.take_expiry_notice();
       }
@@ -572,7 +592,7 @@ Allocation allocate(Arena& arena, std::uint64_t bytes, Wait wait) {
       }
     }
     {
-      const py::gil_scoped_release released;
+      const GilReleased released;
       std::this_thread::sleep_for(pause);
     }
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -700,7 +720,7 @@ std::optional<SharedTensor> share_in_place(Arena& arena, const Source& source) {
   if (source.data == nullptr || !arena.may_contain(source.data)) return std::nullopt;
   std::optional<Arena::Located> located;
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     located = arena.locate(source.data);
   }
   if (!located) return std::nullopt;
@@ -747,7 +767,7 @@ SharedTensor share_tensor(Arena& arena, const Source& source, Wait wait) {
   TensorMeta stored;
   FromDevices from_devices;
   {
-    std::optional<py::gil_scoped_release> released;
+    std::optional<GilReleased> released;
     if (source.bytes > kCopyWithoutGil) released.emplace();
     stored = fill(allocation, source, 0, source.bytes, from_devices);
   }
@@ -761,7 +781,7 @@ SharedTensor arena_share(Arena& arena, const py::object& tensor, const std::opti
   if (key->empty()) throw py::value_error("key is a string that is not empty");
   std::optional<Arena::Keyed> known;
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     known = arena.find_key(*key);
   }
   if (known) {
@@ -775,7 +795,7 @@ SharedTensor arena_share(Arena& arena, const py::object& tensor, const std::opti
   }
   SharedTensor shared = share_tensor(arena, source, wait);
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     arena.note_key(*key, shared.handle().require(), describe_key(shared.handle().meta()));
   }
   return shared;
@@ -822,7 +842,7 @@ std::vector<SharedTensor> arena_share_many(Arena& arena, const py::iterable& ten
   std::vector<TensorMeta> stored(sources.size());
   FromDevices from_devices;
   {
-    std::optional<py::gil_scoped_release> released;
+    std::optional<GilReleased> released;
     if (total > kCopyWithoutGil) released.emplace();
     std::uint64_t end = 0;
     for (std::size_t i = 0; i < sources.size(); ++i) {
@@ -853,7 +873,7 @@ void SharedTensor::revoke() {
                                           " can revoke in it; release() gives up this process's own use");
   }
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     arena->revoke(hold);
   }
   release();
@@ -862,7 +882,7 @@ void SharedTensor::revoke() {
 py::dict arena_stats(Arena& arena) {
   ArenaStats stats;
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     stats = arena.stats();
   }
   py::dict result;
@@ -895,7 +915,7 @@ py::list membership_counts() {
     const auto arena = attachment->owner();
     Attachment::Counts counts{};
     {
-      const py::gil_scoped_release released;
+      const GilReleased released;
       counts = attachment->counts();
     }
     py::dict one;
@@ -981,7 +1001,7 @@ py::dict describe(const ArenaSurvey& arena) {
 py::list survey_arenas() {
   std::vector<ArenaSurvey> arenas;
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     arenas = survey();
   }
   py::list result;
@@ -992,7 +1012,7 @@ py::list survey_arenas() {
 py::list noted_removals() {
   std::vector<Removal> removals;
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     removals = take_removals();
   }
   py::list result;
@@ -1005,7 +1025,7 @@ py::list noted_removals() {
 py::list reap_all_arenas(bool force) {
   std::vector<ReapReport> reports;
   {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     reports = reap_all(force ? Expiry::kNow : Expiry::kTimeToLive);
   }
   py::list result;
@@ -1064,7 +1084,7 @@ class DeviceCopy {
       }
     }
     if (driver_ == nullptr) return;
-    const py::gil_scoped_release released;
+    const GilReleased released;
     InFlight::instance().poll();
     refuse_capture(*driver_, device_, stream_);
   }
@@ -1085,7 +1105,7 @@ class DeviceCopy {
   // The copies are in the stream: the blocks stay in use until the device has done them.
   void depart() {
     if (driver_ == nullptr) throw Error(ErrorCode::kDevice, "no driver was there when this copy began");
-    const py::gil_scoped_release released;
+    const GilReleased released;
     InFlight::instance().depart(holds_, *driver_, device_, stream_);
   }
   // They are done.
@@ -1129,7 +1149,7 @@ class DeviceCopy {
 
 void refuse_capture_by(const std::string& backend, int device, std::uintptr_t stream) {
   const DriverKind kind = checked_driver(backend);
-  const py::gil_scoped_release released;
+  const GilReleased released;
   DeviceDriver* driver = DeviceDriver::get(kind);
   if (driver != nullptr) refuse_capture(*driver, device, reinterpret_cast<void*>(stream));
 }
@@ -1150,14 +1170,14 @@ std::optional<std::vector<std::uint64_t>> registered_cuts(std::uintptr_t address
 
 bool pin_arena(const SharedTensor& tensor, const std::string& backend, int device) {
   const DriverKind kind = checked_driver(backend);
-  const py::gil_scoped_release released;
+  const GilReleased released;
   const auto attachment = attach(tensor.handle().origin().arena);
   attachment->allow_pinning();
   return Pinner::pin_now(*attachment, kind, device);
 }
 
 void refuse_pinning(const SharedTensor& tensor) {
-  const py::gil_scoped_release released;
+  const GilReleased released;
   const auto attachment = attach(tensor.handle().origin().arena);
   // What is locked stays so until it is unmapped: another thread may be about to copy from it.
   attachment->refuse_pinning();
@@ -1165,7 +1185,7 @@ void refuse_pinning(const SharedTensor& tensor) {
 
 // For measurements: locked pages are given up by themselves when they are unmapped.
 void unpin_arena(const SharedTensor& tensor) {
-  const py::gil_scoped_release released;
+  const GilReleased released;
   if (InFlight::instance().report().copies != 0) {
     throw Error(ErrorCode::kDevice, "copies are under way: synchronize the device and call poll_copies first");
   }
@@ -1204,20 +1224,20 @@ void leave_devices_and_all() {
 
 // Joins the arena of a handle and maps all of it.
 void attach_to(const SharedTensor& tensor) {
-  const py::gil_scoped_release released;
+  const GilReleased released;
   const auto attachment = attach(tensor.handle().origin().arena, tensor.handle().origin().place);
   attachment->map_all();
 }
 
 bool discard_text(const std::string& text) {
   const HandleState state = decode_handle(from_text(text));
-  const py::gil_scoped_release released;
+  const GilReleased released;
   return discard(state);
 }
 
 bool discard_bytes(const py::buffer& data) {
   const HandleState state = decode_handle(contiguous_bytes(data));
-  const py::gil_scoped_release released;
+  const GilReleased released;
   return discard(state);
 }
 
@@ -1325,10 +1345,10 @@ PYBIND11_MODULE(_core, module) {
           [](Arena& arena, const std::vector<std::int64_t>& shape, const py::object& dtype,
              std::optional<double> timeout) { return arena_empty(arena, {dtype_of(dtype), 0, shape, {}}, timeout); },
           "shape"_a, py::kw_only(), "dtype"_a, "timeout"_a = py::none())
-      .def("trim", &Arena::trim, py::call_guard<py::gil_scoped_release>(), doc::kTrim)
-      .def("sweep", &Arena::sweep, py::kw_only(), "expire_messages"_a = false, py::call_guard<py::gil_scoped_release>(),
+      .def("trim", &Arena::trim, py::call_guard<GilReleased>(), doc::kTrim)
+      .def("sweep", &Arena::sweep, py::kw_only(), "expire_messages"_a = false, py::call_guard<GilReleased>(),
            doc::kSweep)
-      .def("close", &Arena::close, py::call_guard<py::gil_scoped_release>())
+      .def("close", &Arena::close, py::call_guard<GilReleased>())
       .def("stats", &arena_stats, doc::kStats)
       .def_property_readonly("name", &Arena::name, "As in ``shmx ls`` and in messages of errors.")
       .def_property_readonly(
@@ -1345,7 +1365,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("take_removals", &noted_removals);
   module.def("membership_counts", &membership_counts);
   module.def("memory_cgroup_room", &memory_cgroup_room);
-  module.def("leave_all", &leave_devices_and_all, py::call_guard<py::gil_scoped_release>());
+  module.def("leave_all", &leave_devices_and_all, py::call_guard<GilReleased>());
 
   py::class_<DeviceCopy> device_copy(module, "DeviceCopy");
   refuse_pickling(device_copy, "it is under way in this process");
@@ -1363,8 +1383,8 @@ PYBIND11_MODULE(_core, module) {
   module.def("pin", &pin_arena, "handle"_a, "backend"_a, "device"_a);
   module.def("refuse_pinning", &refuse_pinning, "handle"_a);
   module.def("unpin", &unpin_arena, "handle"_a);
-  module.def("settle_pinning", [] { Pinner::instance().settle(); }, py::call_guard<py::gil_scoped_release>());
-  module.def("poll_copies", [] { InFlight::instance().poll(); }, py::call_guard<py::gil_scoped_release>());
+  module.def("settle_pinning", [] { Pinner::instance().settle(); }, py::call_guard<GilReleased>());
+  module.def("poll_copies", [] { InFlight::instance().poll(); }, py::call_guard<GilReleased>());
   module.def("pin_report", &pin_report);
   module.def("take_pin_warning", [] { return PinLedger::instance().take_warning(); });
   module.def("set_pin_limit", [](std::uint64_t bytes) { PinLedger::instance().set_limit(bytes); }, "bytes"_a);
@@ -1384,13 +1404,12 @@ PYBIND11_MODULE(_core, module) {
     const Thresholds from = non_temporal_thresholds();
     return py::dict("hot"_a = from.hot, "cold"_a = from.cold);
   });
-  module.def("measure_non_temporal_thresholds", &measure_non_temporal_thresholds,
-             py::call_guard<py::gil_scoped_release>());
+  module.def("measure_non_temporal_thresholds", &measure_non_temporal_thresholds, py::call_guard<GilReleased>());
   module.def("non_temporal_kind", &non_temporal_kind);
   module.def(
       "copy",
       [](std::uintptr_t destination, std::uintptr_t source, std::uint64_t bytes, const std::string& how) {
-        const py::gil_scoped_release released;
+        const GilReleased released;
         auto* to = reinterpret_cast<void*>(destination);
         const auto* from = reinterpret_cast<const void*>(source);
         how == "plain" ? copy_plain(to, from, bytes)

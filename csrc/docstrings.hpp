@@ -22,7 +22,14 @@ torch.Tensor
 Raises
 ------
 StaleHandleError, SegmentLostError, ForeignHostError, TooManyPeersError, ReleasedError
-    Why there is no data.)";
+    Why there is no data.
+
+Notes
+-----
+To copy to a device use :meth:`materialize`. Once the pages are locked for a device, ``view.to(device,
+non_blocking=True)`` returns before they have been read, and nothing but the view keeps the block: keep the view until
+the stream is done with it. And a driver may refuse to copy what spans two registrations (an arena that has grown,
+``SHMX_PIN_BYTES``), where ``materialize`` makes two copies.)";
 
 inline constexpr const char* kMaterialize = R"(Copy the tensor into memory that the caller owns.
 

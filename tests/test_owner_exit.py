@@ -493,3 +493,24 @@ def test_a_child_with_an_idle_executor_ends_and_what_it_sent_is_kept(children, m
     assert is_pattern(handle.view(), 1)
     del handle
     assert not segments()
+
+
+WAITING_DAEMON = """
+import sys, threading, torch, shmx
+arena = shmx.Arena(capacity=8 << 20)
+tensor = torch.ones(7 << 20, dtype=torch.uint8)
+handle = arena.share(tensor)
+def wait():
+    arena.share(tensor, timeout=100)
+thread = threading.Thread(target=wait, daemon=True)
+thread.start()
+while not any(frame.f_code is wait.__code__ for frame in sys._current_frames().values()):
+    pass
+"""
+
+
+def test_a_daemon_thread_that_waits_for_room_does_not_disturb_the_exit(segments):
+    """It comes back from the core while the interpreter ends, which takes no thread back."""
+    done = run_script(WAITING_DAEMON)
+    assert done.returncode == 0, done.stderr
+    assert not segments()
