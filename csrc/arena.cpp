@@ -104,22 +104,23 @@ std::shared_ptr<Arena> Arena::create(ArenaOptions options) {
     const ArenaId id{random_id()};
     std::unique_lock guard(attach_mutex());
     const std::string name = control_name(id);
-    auto control = ControlSegment::create(id, {options.capacity, to_ticks(options.ticket_ttl), options.group, backend});
+    std::optional<ControlSegment> control;
     std::shared_ptr<Attachment> attachment;
     try {
       // A reaper that came upon the name before it was locked has removed it: take another one.
       std::optional<PeerLock> lock;
       try {
-        lock = PeerLock::try_take(control.file(), kOwnerSlot, Inheritance::kThisProcess);
+        control = ControlSegment::create(id, {options.capacity, to_ticks(options.ticket_ttl), options.group, backend});
+        lock = PeerLock::try_take(control->file(), kOwnerSlot, Inheritance::kThisProcess);
       } catch (const Error& error) {
         if (error.code() != ErrorCode::kSegmentLost) throw;
       }
       if (!lock) continue;
-      PeerEntry& peer = control.header().peers[value(kOwnerSlot)];
+      PeerEntry& peer = control->header().peers[value(kOwnerSlot)];
       peer.pid.store(static_cast<std::uint32_t>(::getpid()), std::memory_order_relaxed);  // informational
       peer.since.store(ticks_now(), std::memory_order_relaxed);
-      control.publish();
-      attachment = std::make_shared<Attachment>(std::move(control), std::move(*lock), kOwnerSlot);
+      control->publish();
+      attachment = std::make_shared<Attachment>(std::move(*control), std::move(*lock), kOwnerSlot);
       register_attachment(attachment);
       // Before the arena takes part in forks: its own lock comes before this one.
       guard.unlock();

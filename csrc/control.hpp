@@ -26,7 +26,8 @@ struct DataFile {
 
 class ControlSegment {
  public:
-  // A new arena's control segment, not yet ready: publish() makes it so. Throws ArenaFull.
+  // A new arena's control segment, not yet ready: publish() makes it so. Throws ArenaFull, and SegmentLost if a reaper
+  // has taken it for what a dead process left.
   [[nodiscard]] static ControlSegment create(ArenaId arena, const ControlOptions& options);
   // An existing one. Nothing if there is no such name, or not that file at its place. Throws InvalidHandle for another
   // layout version or another user's arena, SegmentLost if the creation was torn or the file was truncated.
