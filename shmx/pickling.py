@@ -270,7 +270,9 @@ class Pickler(pickle.Pickler):
             place = known[1]
         elif self._is_large(storage.nbytes()):
             place = len(self._leaves)
-            self._leaves.append(torch.empty(0, dtype=torch.uint8).set_(storage) if tensor is None else tensor)
+            self._leaves.append(
+                torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage) if tensor is None else tensor
+            )
         else:
             place = _Inline(storage)
         self._storages[storage._cdata] = storage, place
@@ -547,7 +549,9 @@ def ext_hook(code: int, data: memoryview | bytes) -> Any:
             dtype, shape = rest
             if dtype not in _core.DTYPE_NAMES:
                 raise ValueError(f"no dtype {dtype!r}")
-            flat = torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype)) if raw else torch.empty(0)
+            flat = (
+                torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype)) if raw else torch.empty(0, device="cpu")
+            )
             return flat.to(getattr(torch, dtype)).reshape(shape)
         import numpy as np
 

@@ -6,6 +6,7 @@ import copyreg
 import io
 import pickle
 import sys
+import warnings
 from multiprocessing.connection import Pipe
 
 import numpy as np
@@ -484,3 +485,15 @@ def test_damaged_pickles_are_refused_like_any_other():
         ):
             shmx.loads(blob[:end])
     shmx.discard(blob)
+
+
+@pytest.mark.parametrize("capacity", [1 << 20, 64 << 20], ids=["inline", "in shared memory"])
+def test_the_default_device_does_not_matter(capacity):
+    whole = torch.arange(1 << 18)
+    with shmx.Arena(capacity=capacity) as arena, torch.device("meta"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            blob = shmx.dumps([whole, whole[3:]], arena=arena)
+        back = shmx.loads(blob)
+        assert torch.equal(back[0], whole)
+        assert torch.equal(back[1], whole[3:])
