@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <ctime>
 #include <fstream>
@@ -122,17 +123,27 @@ std::uint32_t identity_of(const char* path) {
   return fnv1a(identity + "/" + std::to_string(facts.st_dev) + "/" + std::to_string(facts.st_ino));
 }
 
+// The same, found out at first use: a process may take another /dev/shm before that. Not a static of the function,
+// which a child would wait for that is forked while another thread finds it out; two threads may.
+std::uint32_t remembered_identity(std::atomic<std::uint64_t>& known, const char* path) {
+  constexpr std::uint64_t kKnown = 1ULL << 32;
+  // relaxed throughout: a number by itself.
+  std::uint64_t id = known.load(std::memory_order_relaxed);
+  if (id == 0) {
+    id = kKnown | identity_of(path);
+    known.store(id, std::memory_order_relaxed);
+  }
+  return static_cast<std::uint32_t>(id);
+}
+
+std::atomic<std::uint64_t> known_host{0};
+std::atomic<std::uint64_t> known_process_space{0};
+
 }  // namespace
 
-std::uint32_t host_id() {
-  static const std::uint32_t id = identity_of("/dev/shm");
-  return id;
-}
+std::uint32_t host_id() { return remembered_identity(known_host, "/dev/shm"); }
 
-std::uint32_t process_space_id() {
-  static const std::uint32_t id = identity_of("/proc/self/ns/pid");
-  return id;
-}
+std::uint32_t process_space_id() { return remembered_identity(known_process_space, "/proc/self/ns/pid"); }
 
 Ticks ticks_now() {
   timespec now{};

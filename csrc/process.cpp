@@ -116,9 +116,8 @@ void prepare_process() noexcept {
     };
     (one(makers), ...);
   };
-  attempt(&process, &non_temporal_thresholds, &remembered_bytes, &host_id, &process_space_id, &memory_cgroup_room,
-          &huge_pages_allowed, &huge_pages_for_nameless, &InFlight::instance, &Pinner::instance,
-          &DestinationPool::instance);
+  attempt(&process, &non_temporal_thresholds, &remembered_bytes, &memory_cgroup_room, &huge_pages_allowed,
+          &huge_pages_for_nameless, &InFlight::instance, &Pinner::instance, &DestinationPool::instance);
 }
 
 bool process_joined() {
